@@ -1,0 +1,210 @@
+"""Configuration as frozen dataclasses, validated in one place.
+
+Command line flags map one to one onto `EngineConfig`; request fields onto `SamplingParams`,
+whose names are vLLM's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from aqua_jax.errors import ConfigError, FieldError, RequestError
+
+DType = Literal["auto", "bfloat16", "float32"]
+LOGPROBS_LIMIT = 20  # most alternatives per token; the width of the packed logprob read
+
+
+def _require(ok: bool, kind: type[FieldError], field: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise kind(field, value, allowed)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Names and meanings are vLLM's.
+
+    Raises:
+      RequestError: a field is out of range or of the wrong type.
+    """
+
+    n: int = 1  # samples per prompt, sharing the prompt's pages
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0 or -1: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0  # least probability relative to the likeliest token's
+    seed: int | None = None  # None: drawn from the engine's seed and the request's number
+    max_tokens: int | None = 16  # None: up to the model length
+    min_tokens: int = 0  # no end of sequence or stop before so many tokens
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None  # alternatives per output token; 0: the chosen one only
+    prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, (list, tuple)), RequestError, name, value, "a list of values"
+            )
+            object.__setattr__(self, name, tuple(value))
+        self._check_integers()
+        self._check_numbers()
+        for text in self.stop:
+            _require(
+                isinstance(text, str) and text != "", RequestError, "stop", text,
+                "non-empty strings",
+            )
+        for token in self.stop_token_ids:
+            _require(
+                _is_int(token) and token >= 0, RequestError, "stop_token_ids", token,
+                "token ids, integers >= 0",
+            )
+        for name in (
+            "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens",
+        ):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), RequestError, name, value, "true or false")
+        _require(
+            self.detokenize or not self.stop, RequestError, "stop", self.stop,
+            "empty when detokenize is false: stop strings are matched on text",
+        )
+
+    def _check_integers(self) -> None:
+        ranges: dict[str, tuple[int, float, bool]] = {
+            "n": (1, 1024, False),
+            "top_k": (-1, math.inf, False),
+            "seed": (-(2**63), 2**64 - 1, True),
+            "max_tokens": (1, math.inf, True),
+            "min_tokens": (0, math.inf, False),
+            "logprobs": (0, LOGPROBS_LIMIT, True),
+            "prompt_logprobs": (0, LOGPROBS_LIMIT, True),
+        }
+        for name, (low, high, optional) in ranges.items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            top = "" if high == math.inf else f" and <= {high}"
+            _require(
+                _is_int(value) and low <= value <= high, RequestError, name, value,
+                f"an integer >= {low}{top}" + (" or null" if optional else ""),
+            )
+        _require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, RequestError,
+            "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})",
+        )
+
+    def _check_numbers(self) -> None:
+        checks: dict[str, tuple[float, float, str]] = {
+            "temperature": (0.0, 100.0, "a number from 0 to 100"),
+            "top_p": (1e-9, 1.0, "a number above 0 and at most 1"),
+            "min_p": (0.0, 1.0, "a number from 0 to 1"),
+            "presence_penalty": (-2.0, 2.0, "a number from -2 to 2"),
+            "frequency_penalty": (-2.0, 2.0, "a number from -2 to 2"),
+            "repetition_penalty": (1e-3, 1e3, "a number from 0.001 to 1000"),
+        }
+        for name, (low, high, allowed) in checks.items():
+            value = getattr(self, name)
+            _require(
+                _is_number(value) and low <= value <= high, RequestError, name, value, allowed
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken every time."""
+        return self.temperature < 1e-5
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k, top-p or min-p cut the distribution."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether past tokens change the logits."""
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is built from; `aqua-jax` flags map one to one onto it.
+
+    Raises:
+      ConfigError: a field is out of range or of the wrong type.
+    """
+
+    model: str  # directory, .gguf file, or "demo"
+    tokenizer: str | None = None  # directory or .gguf; None: the model's own
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    dtype: DType = "auto"  # of weights and matmul inputs
+    kv_dtype: DType = "auto"  # of the KV pool; auto: as dtype
+    kv_cache_memory: int = 256 * 1024 * 1024  # bytes of KV pool
+    kv_cache_tokens: int | None = None  # tokens of KV pool; overrides kv_cache_memory
+    page_tokens: int = 16
+    max_model_len: int | None = None  # tokens; None: the model's, cut to what the pool holds
+    max_num_seqs: int = 64  # sequences in one step
+    max_step_tokens: int = 1024  # prompt chunks and decodes of one step together
+    prefix_caching: bool = True
+    policy: Literal["fcfs"] = "fcfs"
+    attention: Literal["auto", "ffi", "reference"] = "auto"
+    matmul: Literal["auto", "onednn", "xla"] = "auto"
+    deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
+    warmup: Literal["none", "minimal", "full"] = "minimal"
+    compile_cache_dir: str | None = None  # None: the user's cache directory; "": no cache
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, allowed: str) -> None:
+            _require(ok, ConfigError, field, getattr(self, field), allowed)
+
+        check(isinstance(self.model, str) and self.model != "", "model", "a path or 'demo'")
+        choices: dict[str, tuple[str, ...]] = {
+            "load_format": ("auto", "safetensors", "gguf", "dummy"),
+            "dtype": ("auto", "bfloat16", "float32"),
+            "kv_dtype": ("auto", "bfloat16", "float32"),
+            "policy": ("fcfs",),
+            "attention": ("auto", "ffi", "reference"),
+            "matmul": ("auto", "onednn", "xla"),
+            "warmup": ("none", "minimal", "full"),
+        }
+        for field, values in choices.items():
+            check(getattr(self, field) in values, field, "one of " + ", ".join(values))
+        for field in ("page_tokens", "max_num_seqs", "max_step_tokens", "kv_cache_memory"):
+            value = getattr(self, field)
+            check(_is_int(value) and value > 0, field, "an integer > 0")
+        for field in ("kv_cache_tokens", "max_model_len"):
+            value = getattr(self, field)
+            check(value is None or (_is_int(value) and value > 0), field, "an integer > 0 or null")
+        check(
+            self.page_tokens & (self.page_tokens - 1) == 0 and self.page_tokens <= 1024,
+            "page_tokens", "a power of two from 1 to 1024",
+        )
+        check(
+            self.max_step_tokens >= self.max_num_seqs, "max_step_tokens",
+            f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
+        )
+        check(_is_int(self.seed), "seed", "an integer")
+        for field in ("prefix_caching", "deterministic"):
+            check(isinstance(getattr(self, field), bool), field, "true or false")
