@@ -165,7 +165,10 @@ class EngineConfig:
     page_tokens: int = 16
     max_model_len: int | None = None  # tokens; None: the model's, cut to what the pool holds
     max_num_seqs: int = 64  # sequences in one step
-    max_step_tokens: int = 1024  # prompt chunks and decodes of one step together
+    # Prompt chunks and decodes of one step together; None: 1024, or 256 when deterministic
+    # (there every step runs the one compiled size).
+    max_step_tokens: int | None = None
+    max_chunk_tokens: int | None = None  # longest prompt chunk of one sequence; None: the step's
     prefix_caching: bool = True
     policy: Literal["fcfs"] = "fcfs"
     attention: Literal["auto", "ffi", "reference"] = "auto"
@@ -191,10 +194,11 @@ class EngineConfig:
         }
         for field, values in choices.items():
             check(getattr(self, field) in values, field, "one of " + ", ".join(values))
-        for field in ("page_tokens", "max_num_seqs", "max_step_tokens", "kv_cache_memory"):
+        for field in ("page_tokens", "max_num_seqs", "kv_cache_memory"):
             value = getattr(self, field)
             check(_is_int(value) and value > 0, field, "an integer > 0")
-        for field in ("kv_cache_tokens", "max_model_len"):
+        optional = ("kv_cache_tokens", "max_model_len", "max_step_tokens", "max_chunk_tokens")
+        for field in optional:
             value = getattr(self, field)
             check(value is None or (_is_int(value) and value > 0), field, "an integer > 0 or null")
         check(
@@ -202,9 +206,16 @@ class EngineConfig:
             "page_tokens", "a power of two from 1 to 1024",
         )
         check(
-            self.max_step_tokens >= self.max_num_seqs, "max_step_tokens",
+            self.step_tokens >= self.max_num_seqs, "max_step_tokens",
             f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
         )
         check(_is_int(self.seed), "seed", "an integer")
         for field in ("prefix_caching", "deterministic"):
             check(isinstance(getattr(self, field), bool), field, "true or false")
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens in one step, defaults resolved."""
+        if self.max_step_tokens is not None:
+            return self.max_step_tokens
+        return max(256 if self.deterministic else 1024, self.max_num_seqs)

@@ -1,0 +1,1 @@
+"""One request's life: admission, steps on the device, tokens, text, end."""
