@@ -1,0 +1,1 @@
+"""Tests of aqua_jax; the folders mirror the tree they test."""

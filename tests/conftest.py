@@ -1,0 +1,80 @@
+"""What every test shares: a CPU backend, fixed seeds, and the choice of what can be collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import random
+
+# Before jax is first imported: tests run on the CPU wherever they are, and never write to
+# the user's compile cache. A shared one halves a second run.
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".pytest_cache" / "xdg"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from tests.scale import SCALE, scaled  # noqa: E402
+
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+
+# Seeded in the ordinary suite, so that a red run is red again; free to search in the long one.
+hypothesis.settings.register_profile(
+    "aqua",
+    max_examples=scaled(50),
+    deadline=None,
+    derandomize=SCALE == 1,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("aqua")
+
+
+def pytest_report_header() -> str:
+    """Say what was left out, and how to have it in."""
+    if HAVE_TORCH:
+        return f"aqua_jax: parity tests on (torch found), scale {SCALE}"
+    return (
+        f"aqua_jax: scale {SCALE}; parity tests NOT collected, for torch is not installed "
+        "(pip install torch==2.13.0)"
+    )
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
+    """Leave tests/parity out where torch is missing: its modules import it at the top."""
+    parity = ROOT / "tests" / "parity"
+    if not HAVE_TORCH and (collection_path == parity or parity in collection_path.parents):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everything in tests/parity carries the marker `parity`, everything else only if it says so."""
+    parity = ROOT / "tests" / "parity"
+    for item in items:
+        if parity in item.path.parents:
+            item.add_marker("parity")
+    if HAVE_TORCH:
+        return
+    left_out = [item for item in items if item.get_closest_marker("parity")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("parity")]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The global generators start the same for every test, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator of the test's own."""
+    return np.random.default_rng(0)
