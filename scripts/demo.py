@@ -195,7 +195,8 @@ def main() -> int:
     with contextlib.suppress(ValueError):
         command = command.relative_to(pathlib.Path.cwd())
     for what, rest in NEXT:
-        console.print(f"  [cyan]{command} {rest}[/]  [dim]{what}[/]", soft_wrap=True, highlight=False)
+        line = f"  [cyan]{command} {rest}[/]  [dim]{what}[/]"
+        console.print(line, soft_wrap=True, highlight=False)
     return 1 if errors else 0
 
 

@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.scale import SCALE, scaled  # noqa: E402
+from tests.tiny import write_config  # noqa: E402
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -54,7 +55,7 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Everything in tests/parity carries the marker `parity`, everything else only if it says so."""
+    """What lies in tests/parity carries the marker `parity`, the rest only where it says so."""
     parity = ROOT / "tests" / "parity"
     for item in items:
         if parity in item.path.parents:
@@ -78,3 +79,9 @@ def fixed_seeds() -> None:
 def rng() -> np.random.Generator:
     """A generator of the test's own."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A directory that `EngineConfig(model=..., load_format="dummy")` takes: 2 layers of 48."""
+    return write_config(tmp_path / "tiny")

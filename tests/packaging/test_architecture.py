@@ -10,6 +10,8 @@ import ast
 import functools
 import pathlib
 import re
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGES = {"aqua_jax": ROOT / "aqua_jax", "aqua_jax.models": ROOT / "models"}
@@ -27,7 +29,7 @@ ARROWS = {
     "models": {"ops"},
     "ops": set(),
 }
-BASE = {"aqua_jax.config", "aqua_jax.errors", "aqua_jax.models.config"}
+BASE = {"aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts", "aqua_jax.models.config"}
 HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
@@ -161,6 +163,13 @@ def test_planning_imports_no_device_library() -> None:
         wrong += [f"{name} imports {top}" for top in tops & DEVICE_LIBRARIES]
         pending.extend(own_imports(name) - {"aqua_jax"})
     assert not wrong, f"reached from {HOST_ONLY}:\n" + "\n".join(wrong)
+
+
+def test_planning_runs_without_loading_jax() -> None:
+    starts = [name for name in modules() if name.startswith(HOST_ONLY)]
+    code = f"import sys, {', '.join(starts)}; print({DEVICE_LIBRARIES} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
 def test_no_private_api_and_no_pickle() -> None:
