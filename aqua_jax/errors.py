@@ -57,5 +57,9 @@ class PageError(AquaError):
     """Misuse of the page allocator: double free, unknown page, reference count below zero."""
 
 
+class SequenceStateError(AquaError):
+    """Misuse of the scheduler: a sequence ended twice, a token nobody awaits, a stranger."""
+
+
 class EngineDeadError(AquaError):
     """The engine stopped because of an earlier failure, which is this error's cause."""

@@ -1,0 +1,228 @@
+"""The page allocator: who holds which page of the KV pool, and what may be taken back.
+
+A page is in exactly one of three states, and `free + cached + in_use == num_pages` always:
+
+- *free*: holds nothing worth keeping;
+- *in use*: at least one reference (a sequence's page table names it);
+- *cached*: no reference, but its content is known by a digest. It can be found again
+  (`find`, `retain`) until an allocation takes it.
+
+Pages are append-only: a full page never changes, so several sequences may hold it.
+
+Reuse is fenced by generations. A page's generation rises when the page is handed out again, so a
+handle lives as long as the content it was given for, and any later use of it raises.
+
+Order on the device: the pool says who *owns* a page now; it doesn't wait for dispatched work. That
+is safe because steps run on the device in the order in which they were planned: an earlier step
+that still writes a page freed since then runs before the step that reuses it.
+
+Which cached page goes first is an `Evictable`. Least recently used is here; farthest next use
+(time slices make use cyclic, where LRU never hits) is the same three methods over another
+structure. Lazy eviction of swapped-out pages is `release` into the same set.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from aqua_jax.errors import PageError, StaleHandleError
+
+
+class PageHandle(NamedTuple):
+    """A page and the generation in which it was handed out."""
+
+    id: int
+    generation: int
+
+
+class Evictable(Protocol):
+    """The set of cached pages, with an order of eviction."""
+
+    def add(self, page: int) -> None:
+        """Put in a page that has just lost its last reference."""
+
+    def discard(self, page: int) -> None:
+        """Take out a page that is referenced again; it must be in the set."""
+
+    def pop(self) -> int:
+        """Take out the page to lose next; the set must not be empty."""
+
+    def __len__(self) -> int: ...
+
+
+class LeastRecentlyUsed:
+    """Evicts the page whose last reference ended first. Every operation is O(1)."""
+
+    def __init__(self) -> None:
+        self._pages: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, page: int) -> None:
+        """Put in a page as the most recently used one."""
+        self._pages[page] = None
+
+    def discard(self, page: int) -> None:
+        """Take out a page that is referenced again."""
+        del self._pages[page]
+
+    def pop(self) -> int:
+        """Take out the least recently used page."""
+        return self._pages.popitem(last=False)[0]
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+
+class PagePool:
+    """Reference counts, generations and content digests of `num_pages` pages.
+
+    Misuse raises: `StaleHandleError` for a handle whose content is gone, `PageError` for an unknown
+    page or a release without a reference.
+    Running out of pages is not an error: `allocate` returns None.
+    """
+
+    def __init__(
+        self, num_pages: int, page_tokens: int, evictable: Evictable | None = None
+    ) -> None:
+        if num_pages < 1 or page_tokens < 1:
+            raise PageError(f"a pool of {num_pages} pages of {page_tokens} tokens cannot exist")
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self._generations = [0] * num_pages
+        self._references = [0] * num_pages
+        self._digests: list[bytes | None] = [None] * num_pages
+        self._by_digest: dict[bytes, int] = {}
+        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is warm
+        self._evictable: Evictable = LeastRecentlyUsed() if evictable is None else evictable
+
+    @property
+    def free(self) -> int:
+        """Pages that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Pages without a reference whose content can still be found."""
+        return len(self._evictable)
+
+    @property
+    def in_use(self) -> int:
+        """Pages with at least one reference."""
+        return self.num_pages - self.available
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` can hand out: free and cached ones."""
+        return len(self._free) + len(self._evictable)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_tokens)
+
+    def allocate(self, count: int) -> list[PageHandle] | None:
+        """Hands out `count` pages with one reference each: free ones first, then evicted ones.
+
+        All or nothing: None, and nothing evicted, when fewer are available. Pages in use are never
+        taken, so a caller who wants to keep cached pages retains them first.
+        """
+        if count < 0:
+            raise PageError(f"cannot allocate {count} pages")
+        if count > self.available:
+            return None
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> PageHandle:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page = self._evictable.pop()
+            self._forget(page)
+        self._references[page] = 1
+        self._generations[page] += 1
+        return PageHandle(page, self._generations[page])
+
+    def retain(self, handle: PageHandle) -> None:
+        """Adds a reference to a page in use, or takes a cached one back into use."""
+        page = self._check(handle)
+        if self._references[page] == 0:
+            if self._digests[page] is None:
+                raise StaleHandleError(f"page {page} was released; its content is gone")
+            self._evictable.discard(page)
+        self._references[page] += 1
+
+    def release(self, handle: PageHandle) -> None:
+        """Drops a reference; with the last one the page becomes cached (has a digest) or free."""
+        page = self._check(handle)
+        if self._references[page] == 0:
+            raise PageError(f"page {page} is released more often than it was retained")
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            if self._digests[page] is None:
+                self._free.append(page)
+            else:
+                self._evictable.add(page)
+
+    def references(self, handle: PageHandle) -> int:
+        """How many hold the page; 0 for a cached one."""
+        return self._references[self._check(handle)]
+
+    def identify(self, handle: PageHandle, digest: bytes) -> bool:
+        """Makes the content of a page in use findable by `digest`.
+
+        Returns False, and leaves this page unfindable, when another page already has that content:
+        the older one has the references.
+        """
+        page = self._check(handle)
+        if self._references[page] == 0:
+            raise PageError(f"page {page} is not in use")
+        if self._digests[page] not in (None, digest):
+            raise PageError(f"page {page} is full and identified; its content cannot change")
+        if self._by_digest.setdefault(digest, page) != page:
+            return False
+        self._digests[page] = digest
+        return True
+
+    def find(self, digest: bytes) -> PageHandle | None:
+        """The page with this content, in use or cached; not retained."""
+        page = self._by_digest.get(digest)
+        return None if page is None else PageHandle(page, self._generations[page])
+
+    def forget_cached(self) -> int:
+        """Empties the cache and makes pages in use unfindable; returns the pages freed.
+
+        For when the contents of the pool are lost.
+        """
+        freed = 0
+        while len(self._evictable):
+            page = self._evictable.pop()
+            self._free.append(page)
+            freed += 1
+        for page in list(self._by_digest.values()):
+            self._forget(page)
+        return freed
+
+    def _forget(self, page: int) -> None:
+        digest = self._digests[page]
+        if digest is not None:
+            del self._by_digest[digest]
+            self._digests[page] = None
+
+    def _check(self, handle: PageHandle) -> int:
+        page, generation = handle
+        if not 0 <= page < self.num_pages:
+            raise PageError(f"page {page} is not in a pool of {self.num_pages}")
+        if generation != self._generations[page]:
+            raise StaleHandleError(
+                f"page {page}: handle of generation {generation}, now {self._generations[page]}"
+            )
+        return page
+
+
+def release_all(pool: PagePool, handles: Sequence[PageHandle]) -> None:
+    """Releases a sequence's pages, last page first.
+
+    A prefix is found from its first page on, so the tail must be evicted before the head.
+    """
+    for handle in reversed(handles):
+        pool.release(handle)
