@@ -19,9 +19,10 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.scale import SCALE, scaled  # noqa: E402
+from tests.scale import scaled  # noqa: E402
 from tests.tiny import write_config  # noqa: E402
 
+SCALE = scaled(1)
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 
 # Seeded in the ordinary suite, so that a red run is red again; free to search in the long one.
