@@ -1,0 +1,150 @@
+"""The arrays that cross jit with a step, packed into one int32 vector per program.
+
+A step has two programs (`runner`), so two vectors: `ForwardBatch` for the forward pass and
+`SampleBatch` for sampling. Each is a frozen pytree whose fields are views cut out of the vector
+inside the program, and each has a writer that fills a fresh NumPy vector on the host. One
+vector is one transfer: six small `device_put`s measured 128 us, one measures 20.
+
+A fresh vector per step is not waste but a rule: JAX on CPU aliases NumPy input, and the device
+may still be reading the vector of the step before.
+
+Letters: T flat tokens, S sequence capacity, M page-table width, R rows that want a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BANNED_TOKENS = 16  # token ids a row may forbid (end of sequence and stops before min_tokens)
+
+
+class VectorLayout:
+    """Names and shapes of the int32 fields of one packed vector, in order."""
+
+    def __init__(self, fields: dict[str, tuple[int, ...]]):
+        self.slices: dict[str, tuple[slice, tuple[int, ...]]] = {}
+        offset = 0
+        for name, shape in fields.items():
+            size = int(np.prod(shape, dtype=np.int64))
+            self.slices[name] = (slice(offset, offset + size), shape)
+            offset += size
+        self.size = offset
+
+    def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views of a host vector, by field name."""
+        return {name: vector[s].reshape(shape) for name, (s, shape) in self.slices.items()}
+
+    def unpack(self, vector: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+        """Fields of a device vector, by name (traced slices)."""
+        for name, (s, shape) in self.slices.items():
+            yield name, vector[s].reshape(shape)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "counts", "tokens", "positions", "prompt_lens", "query_starts", "kv_lens",
+        "page_table", "copy_sources", "copy_targets", "sample_rows",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class ForwardBatch:
+    """One ragged batch of prompt chunks and decodes, as the forward program sees it."""
+
+    counts: jax.Array  # i32[3]: valid tokens, valid sequences, page copies
+    tokens: jax.Array  # i32[T]: token id, or -1 - slot: the slot's last sampled token
+    positions: jax.Array  # i32[T]: index of the token in its sequence
+    prompt_lens: jax.Array  # i32[T]: prompt length of the token's sequence
+    query_starts: jax.Array  # i32[S+1]: first flat row of each sequence; then the total
+    kv_lens: jax.Array  # i32[S]: tokens in the cache after this step
+    page_table: jax.Array  # i32[S, M]: pool pages of each sequence, in order
+    copy_sources: jax.Array  # i32[S]: pages to copy before anything else (copy on write)
+    copy_targets: jax.Array  # i32[S]
+    sample_rows: jax.Array  # i32[S]: flat row of each token to sample; 0 past the valid ones
+
+    @staticmethod
+    def layout(tokens: int, sequences: int, table_width: int) -> VectorLayout:
+        """Layout of the packed vector for T `tokens`, S `sequences`, M `table_width`."""
+        return VectorLayout({
+            "counts": (3,), "tokens": (tokens,), "positions": (tokens,),
+            "prompt_lens": (tokens,), "query_starts": (sequences + 1,),
+            "kv_lens": (sequences,), "page_table": (sequences, table_width),
+            "copy_sources": (sequences,), "copy_targets": (sequences,),
+            "sample_rows": (sequences,),
+        })
+
+    @staticmethod
+    def unpack(vector: jax.Array, layout: VectorLayout) -> ForwardBatch:
+        """Cut the fields out of a packed vector, inside jit."""
+        return ForwardBatch(**dict(layout.unpack(vector)))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "counts", "slots", "temperature", "top_k", "top_p", "min_p", "key_data", "sample_index",
+        "token_index", "banned", "presence_penalty", "frequency_penalty",
+        "repetition_penalty", "history_lens", "prompt_lens",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class SampleBatch:
+    """Sampling parameters of the rows that want a token."""
+
+    counts: jax.Array  # i32[1]: valid rows
+    slots: jax.Array  # i32[R]: where the sampled token goes; S: nowhere
+    temperature: jax.Array  # f32[R]: 0 is greedy
+    top_k: jax.Array  # i32[R]: 0 is all
+    top_p: jax.Array  # f32[R]
+    min_p: jax.Array  # f32[R]
+    key_data: jax.Array  # u32[R, 2]: the request's key
+    sample_index: jax.Array  # i32[R]: which of the request's n samples
+    token_index: jax.Array  # i32[R]: how many output tokens came before
+    banned: jax.Array  # i32[R, BANNED_TOKENS]: ids that may not be chosen; -1: none
+    presence_penalty: jax.Array  # f32[R]
+    frequency_penalty: jax.Array  # f32[R]
+    repetition_penalty: jax.Array  # f32[R]
+    history_lens: jax.Array  # i32[R]: known tokens (prompt and output) before this one
+    prompt_lens: jax.Array  # i32[R]
+
+    _FLOATS = (
+        "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+        "repetition_penalty",
+    )
+
+    @staticmethod
+    def layout(rows: int) -> VectorLayout:
+        """Layout of the packed vector for R `rows`; floats travel as their bits."""
+        r = (rows,)
+        return VectorLayout({
+            "counts": (1,), "slots": r, "temperature": r, "top_k": r, "top_p": r, "min_p": r,
+            "key_data": (rows, 2), "sample_index": r, "token_index": r,
+            "banned": (rows, BANNED_TOKENS), "presence_penalty": r, "frequency_penalty": r,
+            "repetition_penalty": r, "history_lens": r, "prompt_lens": r,
+        })
+
+    @staticmethod
+    def unpack(vector: jax.Array, layout: VectorLayout) -> SampleBatch:
+        """Cut the fields out of a packed vector, inside jit."""
+        fields = dict(layout.unpack(vector))
+        for name in SampleBatch._FLOATS:
+            fields[name] = jax.lax.bitcast_convert_type(fields[name], jnp.float32)
+        fields["key_data"] = jax.lax.bitcast_convert_type(fields["key_data"], jnp.uint32)
+        return SampleBatch(**fields)
+
+    @staticmethod
+    def host_views(vector: np.ndarray, layout: VectorLayout) -> dict[str, np.ndarray]:
+        """Writable views of a host vector with the fields' own dtypes."""
+        views = layout.views(vector)
+        for name in SampleBatch._FLOATS:
+            views[name] = views[name].view(np.float32)
+        views["key_data"] = views["key_data"].view(np.uint32)
+        return views

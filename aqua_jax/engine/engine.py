@@ -1,0 +1,371 @@
+"""The engine: requests in, steps on the device, answers out.
+
+One thread drives it: `step` plans and dispatches step n+1, then waits for the tokens of step n, so
+that the host's work hides behind the device's. A stop the host finds in the tokens of n is
+corrected one step later: the token that n+1 sampled for the ended sequence is discarded.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from aqua_jax.config import EngineConfig, SamplingParams
+from aqua_jax.engine import inputs, logprobs, startup
+from aqua_jax.engine.batch import BANNED_TOKENS
+from aqua_jax.engine.detokenizer import Detokenizer
+from aqua_jax.engine.metrics import EngineMetrics
+from aqua_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from aqua_jax.engine.request import Request, Sample
+from aqua_jax.engine.runner import Runner, StepRecord
+from aqua_jax.errors import EngineDeadError, RequestError
+from aqua_jax.prompts import Prompt
+from aqua_jax.scheduling.sequence import Sequence, Status
+
+_RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for
+_MAX_RESETS = 3  # device failures in a row before the engine gives up
+
+
+class Engine:
+    """An inference engine over one model. Not thread-safe: one thread calls all methods."""
+
+    def __init__(self, config: EngineConfig):
+        """Load the model, make the KV pool, compile.
+
+        Args:
+          config: validated configuration.
+
+        Raises:
+          ConfigError: the configuration does not fit the model or the pool.
+          ModelLoadError: the checkpoint or tokenizer cannot be read.
+          DependencyError: an optional package is missing.
+        """
+        self.config = config
+        parts = startup.build(config, self._lookup)
+        self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
+        self.max_model_len = parts.max_model_len
+        self.model_name = parts.model_name
+        self._eos = frozenset(parts.eos_token_ids)
+        self._scheduler, self._pool = parts.scheduler, parts.pool
+        self._runner: Runner = parts.runner
+        self._implementations = parts.implementations
+        self._startup = parts.timings
+        self.metrics = EngineMetrics()
+        self._requests: dict[str, Request] = {}
+        self._samples: dict[int, tuple[Request, Sample]] = {}
+        self._ended: list[RequestOutput] = []  # ended outside a step (aborts)
+        self._pending: collections.deque[StepRecord] = collections.deque()
+        self._numbers = itertools.count()
+        self._sequence_ids = itertools.count()
+        self._failures_in_row = 0
+        self._dead: BaseException | None = None
+
+    # Requests.
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *,
+        priority: int = 0, user: str = "", weight: float = 1.0, arrival: float | None = None,
+    ) -> None:
+        """Accept a request; its answer comes out of `step`.
+
+        Args:
+          request_id: unique among live requests.
+          prompt: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`.
+          params: how tokens are chosen; None: the defaults.
+          priority: for policies that use it; lower runs first.
+          user: fairness key, for policies that use it.
+          weight: share of service, for policies that use it.
+          arrival: seconds on `time.monotonic()`; None: now.
+
+        Raises:
+          RequestError: a field is invalid; nothing was accepted.
+          EngineDeadError: the engine has stopped.
+        """
+        self._check_alive()
+        params = params or SamplingParams()
+        if request_id in self._requests:
+            raise RequestError("request_id", request_id, "an id no live request has")
+        text, ids = inputs.tokenize_prompt(prompt, self.tokenizer)
+        inputs.check_tokens(ids, self.model_config.vocab_size, self.max_model_len)
+        inputs.check_params(
+            params, self.model_config.vocab_size, BANNED_TOKENS, len(self._eos)
+        )
+        arrival = time.monotonic() if arrival is None else arrival
+        request = Request(
+            request_id, text, ids, params,
+            inputs.request_key(params.seed, self.config.seed, next(self._numbers)),
+            RequestMetrics(arrival), [],
+            [None] * len(ids) if params.prompt_logprobs is not None else None,
+        )
+        limit = self.max_model_len
+        if params.max_tokens is not None:
+            limit = min(limit, len(ids) + params.max_tokens)
+        parent: Sequence | None = None
+        for index in range(params.n):
+            sequence = Sequence(
+                seq_id=next(self._sequence_ids), request_id=request_id, tokens=list(ids),
+                max_total_tokens=limit, arrival=arrival, sample_index=index, parent=parent,
+                priority=priority, user=user, weight=weight, salt=self._salt(len(ids)),
+                no_prefix_read=params.prompt_logprobs is not None and index == 0,
+            )
+            parent = parent or sequence
+            request.samples.append(self._make_sample(sequence, params, index))
+        for sample in request.samples:
+            self._scheduler.add(sample.sequence)  # refuses the first one or none
+            self._samples[sample.sequence.seq_id] = (request, sample)
+        self._requests[request_id] = request
+        self.metrics.requests_added += 1
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its last output, with finish reason "abort", comes out of `step`.
+
+        Unknown and ended ids are ignored: an abort may cross the request's own end.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for sample in request.samples:
+            if not sample.output.finished:
+                self._end_sample(request, sample, "abort")
+        self.metrics.requests_aborted += 1
+        self._ended.append(self._retire(request))
+
+    def has_unfinished(self) -> bool:
+        """Whether another `step` may bring outputs."""
+        return bool(self._requests or self._ended)
+
+    @property
+    def num_live_requests(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._requests)
+
+    # Steps.
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatch the next step and take in the tokens of the one before.
+
+        Returns:
+          The requests that changed, cumulative. Empty lists are normal (the first step of a run
+          has nothing before it).
+
+        Raises:
+          EngineDeadError: the engine has stopped; every live request has been ended with an error.
+        """
+        self._check_alive()
+        started = time.perf_counter()
+        waited = self.metrics.wait_s
+        outputs, self._ended = self._ended, []
+        try:
+            plan = self._scheduler.plan(time.monotonic())
+            if plan is not None:
+                self._pending.append(self._runner.dispatch(plan))
+                self._count_plan(plan)
+            if self._pending and (plan is None or len(self._pending) > _RUN_AHEAD):
+                outputs += self._take_in(self._pending.popleft())
+        except Exception as error:
+            outputs += self._recover(error)
+        self.metrics.host_s += time.perf_counter() - started - (self.metrics.wait_s - waited)
+        return outputs
+
+    def close(self) -> None:
+        """End live requests with an error, wait for the device, drop its memory."""
+        if self._dead is not None:
+            return
+        while self._pending:
+            Runner.read(self._pending.popleft())
+        for request in list(self._requests.values()):
+            self._fail(request, "the engine was closed")
+        self._dead = RuntimeError("the engine was closed")
+        self._runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, pool use, what is compiled and which implementations are in use."""
+        programs = self._runner.programs
+        return {
+            **self.metrics.as_dict(),
+            "pages": {
+                "total": self._pool.num_pages, "in_use": self._pool.in_use,
+                "cached": self._pool.cached, "free": self._pool.free,
+                "page_tokens": self.config.page_tokens,
+            },
+            "live_requests": len(self._requests),
+            "compiles": programs.compiles,
+            "compiles_after_warmup": programs.compiles_after_warmup,
+            "implementations": dict(self._implementations),
+            "startup": dict(self._startup),
+        }
+
+    # Inside.
+
+    def _lookup(self, sequence: Sequence) -> tuple[Request, Sample]:
+        return self._samples[sequence.seq_id]
+
+    def _salt(self, prompt_len: int) -> bytes:
+        # With dynamic NTK scaling a prompt past the trained context rotates all its keys by its
+        # own length, so only prompts of that length may share pages.
+        scaling = self.model_config.rope_scaling
+        trained = scaling.original_max_position or self.model_config.max_position
+        if scaling.kind == "dynamic" and prompt_len > trained:
+            return prompt_len.to_bytes(8, "little")
+        return b""
+
+    def _make_sample(self, sequence: Sequence, params: SamplingParams, index: int) -> Sample:
+        wants_logprobs = params.logprobs is not None
+        output = CompletionOutput(
+            index, "", [], 0.0 if wants_logprobs else None, [] if wants_logprobs else None
+        )
+        eos = frozenset() if params.ignore_eos else self._eos
+        stops = eos | frozenset(params.stop_token_ids)
+        has_text = params.detokenize and self.tokenizer is not None
+        detokenizer = Detokenizer(self.tokenizer, params) if has_text else None
+        banned = tuple(sorted(stops)) if params.min_tokens else ()
+        return Sample(sequence, output, detokenizer, stops, banned)
+
+    def _count_plan(self, plan: Any) -> None:
+        metrics = self.metrics
+        metrics.steps += 1
+        metrics.preemptions += len(plan.preempted)
+        for sequence in plan.preempted:
+            self._lookup(sequence)[0].metrics.num_preemptions += 1
+        metrics.prompt_tokens += sum(c.count for c in plan.chunks if c.start < c.sequence.prompt_len)
+
+    def _take_in(self, record: StepRecord) -> list[RequestOutput]:
+        started = time.perf_counter()
+        packed, prompt_packed = Runner.read(record)
+        self.metrics.wait_s += time.perf_counter() - started
+        self._failures_in_row = 0
+        changed: dict[str, Request] = {}
+        if prompt_packed is not None:
+            for rows in record.prompt_rows:
+                self._take_prompt_logprobs(rows, prompt_packed)
+        now = time.monotonic()
+        if packed is not None:
+            tokens = packed[:, 0].tolist()
+            for index, row in enumerate(record.rows):
+                sequence = row.sequence
+                if sequence.seq_id not in self._samples or sequence.status is Status.FINISHED:
+                    self.metrics.discarded_tokens += 1
+                    continue
+                request, sample = self._lookup(sequence)
+                self._take_token(request, sample, tokens[index], packed[index], now)
+                changed[request.request_id] = request
+        return [
+            self._retire(request) if request.finished else request.snapshot()
+            for request in changed.values()
+        ]
+
+    def _take_token(
+        self, request: Request, sample: Sample, token: int, row: np.ndarray, now: float
+    ) -> None:
+        sequence, output = sample.sequence, sample.output
+        if token < 0:
+            request.error = "the model produced logits that are not finite (NaN or infinity)"
+            self._end_sample(request, sample, "error")
+            return
+        self._scheduler.accept(sequence, token)
+        metrics = request.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+        metrics.num_output_tokens += 1
+        metrics.num_cached_tokens = max(metrics.num_cached_tokens, sequence.num_cached_tokens)
+        self.metrics.output_tokens += 1
+        output.token_ids.append(token)
+        params = request.params
+        if params.logprobs is not None:
+            entry = logprobs.unpack_row(row[1:], token, params.logprobs, self.tokenizer)
+            assert output.logprobs is not None and output.cumulative_logprob is not None
+            output.logprobs.append(entry)
+            output.cumulative_logprob += entry[token].logprob
+        self._check_stop(request, sample, token)
+
+    def _check_stop(self, request: Request, sample: Sample, token: int) -> None:
+        """End the sample if this token stops it: stop ids, then stop strings, then length."""
+        output, params = sample.output, request.params
+        count = len(output.token_ids)
+        if token in sample.stop_token_ids and count > params.min_tokens:
+            if token not in self._eos or token in params.stop_token_ids:
+                output.stop_reason = token
+            # As in vLLM, the text ends before a stop token; the ids keep it.
+            self._end_sample(request, sample, "stop")
+            return
+        if sample.detokenizer is not None:
+            stop = sample.detokenizer.append(token)
+            output.text = sample.detokenizer.text
+            if stop is not None:
+                output.stop_reason = stop
+                self._end_sample(request, sample, "stop")
+                return
+        if len(sample.sequence.tokens) >= sample.sequence.max_total_tokens:
+            self._end_sample(request, sample, "length")
+
+    def _end_sample(self, request: Request, sample: Sample, reason: str) -> None:
+        output = sample.output
+        output.finish_reason = reason
+        if sample.detokenizer is not None:
+            stop = sample.detokenizer.finish()
+            output.text = sample.detokenizer.text
+            if stop is not None and reason == "length":
+                output.finish_reason, output.stop_reason = "stop", stop
+        self._scheduler.finish(sample.sequence)
+
+    def _take_prompt_logprobs(self, rows: Any, packed: np.ndarray) -> None:
+        if rows.sequence.seq_id not in self._samples:
+            return
+        request, _ = self._lookup(rows.sequence)
+        assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+        for offset in range(rows.count):
+            position = rows.first_position + offset + 1
+            request.prompt_logprobs[position] = logprobs.unpack_row(
+                packed[rows.first_row + offset], request.prompt_token_ids[position],
+                request.params.prompt_logprobs, self.tokenizer,
+            )
+
+    def _retire(self, request: Request) -> RequestOutput:
+        request.metrics.finished_time = time.monotonic()
+        del self._requests[request.request_id]
+        for sample in request.samples:
+            del self._samples[sample.sequence.seq_id]
+            self.metrics.recomputed_tokens += sample.sequence.num_lost
+        self.metrics.requests_finished += 1
+        self.metrics.cached_tokens += request.metrics.num_cached_tokens
+        return request.snapshot()
+
+    def _fail(self, request: Request, why: str) -> RequestOutput:
+        request.error = why
+        for sample in request.samples:
+            if not sample.output.finished:
+                self._end_sample(request, sample, "error")
+        self.metrics.requests_failed += 1
+        return self._retire(request)
+
+    def _recover(self, error: Exception) -> list[RequestOutput]:
+        """A failed step consumed the donated pool: start a new one and recompute every sequence."""
+        self._failures_in_row += 1
+        self.metrics.pool_resets += 1
+        self._pending.clear()
+        if self._failures_in_row >= _MAX_RESETS:
+            logging.exception("the engine stops: %d failed steps in a row", self._failures_in_row)
+            self._dead = error
+            return [
+                self._fail(request, f"the engine failed: {error}")
+                for request in list(self._requests.values())
+            ]
+        logging.exception("a step failed; all live requests are recomputed")
+        self._scheduler.reset()
+        self._runner.reset()
+        return []
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine has stopped: {self._dead}") from self._dead

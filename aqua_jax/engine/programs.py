@@ -1,0 +1,236 @@
+"""The compiled programs of a step, and the only place that compiles anything.
+
+A step is two programs, not one: `forward` (shape T: flat tokens) and `sample` (shape R: rows that
+want a token, times its variants). One fused program would need T x R x variants compilations;
+two need T + R x variants, and the second dispatch costs tens of microseconds. A third,
+`prompt_logprobs`, runs only for requests that ask for it.
+
+Everything is compiled ahead of time from shapes. After `warm_up` a shape that was not compiled
+is counted (`compiles_after_warmup`) and logged with its shape.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from aqua_jax.engine.batch import ForwardBatch, SampleBatch
+from aqua_jax.engine.buckets import BucketTable
+from aqua_jax.engine.sampler import SampleVariant, pack_logprobs, sample
+from aqua_jax.models.decoder import Decoder
+from aqua_jax.models.parameters import merge
+from aqua_jax.ops.attention import AttentionMetadata, paged_attention
+from aqua_jax.ops.pages import copy_pages
+
+Params = dict[str, jax.Array]
+_LOGPROB_BLOCK = 64  # prompt rows whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What is constant over an engine's life and shapes its programs."""
+
+    sequences: int  # S: most sequences in a step
+    table_width: int  # M: pages of the longest sequence
+    buckets: BucketTable
+    history_width: int  # N: tokens of the longest sequence
+    deterministic: bool
+    attention: str | None  # implementation of `paged_attention`
+    head_dim: int
+
+
+class Programs:
+    """Compiles, keeps and hands out the programs of one engine."""
+
+    def __init__(self, graphdef: Any, params: Params, kv: jax.Array, spec: StepSpec):
+        self._graphdef, self._spec = graphdef, spec
+        self._params = jax.tree.map(_shape_of, params)
+        self._kv = _shape_of(kv)
+        self._compiled: dict[tuple, Callable] = {}
+        self._lock = threading.Lock()
+        self._warm = False
+        self.compiles = 0
+        self.compiles_after_warmup = 0
+        self.compile_seconds = 0.0
+
+    # The three programs, as plain functions.
+
+    def _model(self, params: Params) -> Decoder:
+        return merge(self._graphdef, params)
+
+    def _rows(self, counts: jax.Array) -> jax.Array | None:
+        # In deterministic mode every matmul has the same row count, so padding is computed.
+        return None if self._spec.deterministic else counts[:1]
+
+    def _forward(self, params: Params, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array):
+        spec = self._spec
+        tokens = self._tokens_of(vector)
+        batch = ForwardBatch.unpack(
+            vector, ForwardBatch.layout(tokens, spec.sequences, spec.table_width)
+        )
+        with jax.named_scope("copy_on_write"):
+            kv = copy_pages(
+                kv, batch.copy_sources, batch.copy_targets, batch.counts[2:3],
+                implementation=spec.attention,
+            )
+        ids = jnp.where(
+            batch.tokens < 0,
+            last_tokens[jnp.clip(-1 - batch.tokens, 0, spec.sequences - 1)],
+            batch.tokens,
+        )
+        meta = AttentionMetadata(
+            positions=batch.positions, query_starts=batch.query_starts, kv_lens=batch.kv_lens,
+            page_table=batch.page_table, num_seqs=batch.counts[1:2],
+        )
+        model = self._model(params)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array):
+            cache, out = paged_attention(
+                cache, q, k, v, meta, layer=layer, scale=spec.head_dim**-0.5,
+                window=model.config.window(layer), deterministic=spec.deterministic,
+                implementation=spec.attention,
+            )
+            return out, cache
+
+        hidden, kv = model.forward(
+            ids, batch.positions, attend, kv, prompt_lens=batch.prompt_lens,
+            rows=self._rows(batch.counts),
+        )
+        return kv, hidden[batch.sample_rows], hidden
+
+    def _sample(
+        self, rows: int, variant: SampleVariant, params: Params, picked: jax.Array,
+        vector: jax.Array, last_tokens: jax.Array, history: jax.Array | None,
+    ):
+        batch = SampleBatch.unpack(vector, SampleBatch.layout(rows))
+        with jax.named_scope("logits"):
+            logits = self._model(params).logits(picked[:rows], rows=self._rows(batch.counts))
+        with jax.named_scope("sample"):
+            return sample(logits, batch, last_tokens, history, variant)
+
+    def _prompt_logprobs(self, params: Params, hidden: jax.Array, targets: jax.Array):
+        """hidden f32[T, d], targets i32[T] -> i32[T, W] (see `pack_logprobs`), block by block."""
+        tokens = hidden.shape[0]
+        block = min(_LOGPROB_BLOCK, tokens)
+        blocks = -(-tokens // block)
+        pad = blocks * block - tokens
+        hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, block, -1)
+        targets = jnp.pad(targets, (0, pad)).reshape(blocks, block)
+        model = self._model(params)
+        packed = jax.lax.map(
+            lambda x: pack_logprobs(model.logits(x[0]), x[1]), (hidden, targets)
+        )
+        return packed.reshape(blocks * block, -1)[:tokens]
+
+    # Getting a compiled one.
+
+    def forward(self, tokens: int) -> Callable:
+        """Compiled `(params, kv, vector, last_tokens) -> (kv, picked [S,d], hidden [T,d])`."""
+        return self._get(("forward", tokens))
+
+    def sample(self, rows: int, variant: SampleVariant) -> Callable:
+        """Compiled `(params, picked, vector, last_tokens, history) -> (last_tokens, packed)`."""
+        return self._get(("sample", rows, variant))
+
+    def prompt_logprobs(self, tokens: int) -> Callable:
+        """Compiled `(params, hidden, targets) -> packed`."""
+        return self._get(("prompt_logprobs", tokens))
+
+    def warm_up(self, level: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile ahead of time, two at a time.
+
+        Args:
+          level: "none", "minimal" (every size of the common programs) or "full" (the rare
+            variants too).
+          progress: called with (done, total) after each program.
+        """
+        keys: list[tuple] = []
+        buckets = self._spec.buckets
+        if level != "none":
+            # Largest first: the longest compile should not be the last to start.
+            keys += [("forward", t) for t in reversed(buckets.tokens)]
+            keys += [("sample", r, SampleVariant()) for r in reversed(buckets.rows)]
+        if level == "full":
+            keys += [
+                ("sample", r, SampleVariant(edits, logprobs))
+                for r in reversed(buckets.rows)
+                for edits, logprobs in ((True, False), (False, True), (True, True))
+            ]
+            keys += [("prompt_logprobs", t) for t in reversed(buckets.tokens)]
+        with concurrent.futures.ThreadPoolExecutor(2, "aqua-compile") as pool:
+            futures = [pool.submit(self._get, key) for key in keys]
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                if progress is not None:
+                    progress(done, len(keys))
+        self._warm = level != "none"
+
+    def temp_bytes(self, tokens: int) -> int:
+        """Scratch of the forward program, from the compiler's own analysis."""
+        return int(self.forward(tokens).memory_analysis().temp_size_in_bytes)
+
+    def _get(self, key: tuple) -> Callable:
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            return compiled
+        started = time.monotonic()
+        compiled = self._compile(key)
+        with self._lock:
+            self._compiled[key] = compiled
+            self.compiles += 1
+            self.compile_seconds += time.monotonic() - started
+            if self._warm:
+                self.compiles_after_warmup += 1
+                logging.warning("compiled %s after warm-up; --warmup=full avoids it", key)
+        return compiled
+
+    def _compile(self, key: tuple) -> Callable:
+        spec = self._spec
+        hidden_size = self._hidden_size()
+        i32 = jnp.int32
+        last = jax.ShapeDtypeStruct((spec.sequences,), i32)
+        if key[0] == "forward":
+            layout = ForwardBatch.layout(key[1], spec.sequences, spec.table_width)
+            jitted = jax.jit(self._forward, donate_argnums=(1,))
+            args = (self._params, self._kv, jax.ShapeDtypeStruct((layout.size,), i32), last)
+        elif key[0] == "sample":
+            rows, variant = key[1:]
+
+            def sample_rows(params, picked, vector, last_tokens, history):
+                return self._sample(rows, variant, params, picked, vector, last_tokens, history)
+
+            jitted = jax.jit(sample_rows)
+            history = (
+                jax.ShapeDtypeStruct((rows, spec.history_width), i32) if variant.edits else None
+            )
+            args = (
+                self._params, jax.ShapeDtypeStruct((spec.sequences, hidden_size), jnp.float32),
+                jax.ShapeDtypeStruct((SampleBatch.layout(rows).size,), i32), last, history,
+            )
+        else:
+            jitted = jax.jit(self._prompt_logprobs)
+            args = (
+                self._params, jax.ShapeDtypeStruct((key[1], hidden_size), jnp.float32),
+                jax.ShapeDtypeStruct((key[1],), i32),
+            )
+        return jitted.lower(*args).compile()
+
+    def _hidden_size(self) -> int:
+        return self._params["norm.scale"].shape[0]
+
+    def _tokens_of(self, vector: jax.Array) -> int:
+        spec = self._spec
+        fixed = ForwardBatch.layout(0, spec.sequences, spec.table_width).size
+        return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
+
+
+def _shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -1,0 +1,254 @@
+"""Carries plans to the device: owns the weights, the KV pool and the arrays indexed by slot.
+
+`dispatch` turns a `Plan` into two packed vectors, enqueues the programs and returns a
+`StepRecord` at once; `read` waits for a record's one packed array. Between the two the host
+plans the next step. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence as Sequence_
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqua_jax.engine.batch import BANNED_TOKENS, ForwardBatch, SampleBatch
+from aqua_jax.engine.programs import Params, Programs, StepSpec
+from aqua_jax.engine.request import Request, Sample
+from aqua_jax.engine.sampler import SampleVariant
+from aqua_jax.scheduling.plan import Chunk, Plan
+from aqua_jax.scheduling.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """Whose token a row of a step's result is."""
+
+    sequence: Sequence
+    epoch: int  # of the slot at dispatch; a mismatch on arrival means the token is stale
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Which rows of a step's prompt log probabilities belong to which prompt tokens."""
+
+    sequence: Sequence
+    first_row: int
+    first_position: int  # the row of position p holds the log probability of token p + 1
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """A dispatched step whose tokens the host has not read yet."""
+
+    step_id: int
+    rows: tuple[SampledRow, ...]
+    packed: jax.Array | None  # i32[R, W], None when no row wanted a token
+    prompt_rows: tuple[PromptRows, ...]
+    prompt_packed: jax.Array | None  # i32[T, W]
+    fence: jax.Array  # ready once the step's forward pass is done
+
+
+class SlotState:
+    """Sampling parameters and page tables of resident sequences, by slot (host arrays)."""
+
+    def __init__(self, slots: int, table_width: int):
+        self.layout = SampleBatch.layout(slots)
+        self.sampling = SampleBatch.host_views(np.zeros(self.layout.size, np.int32), self.layout)
+        self.page_table = np.full((slots, table_width), -1, np.int32)
+        self._owner = [(-1, -1)] * slots  # (seq_id, epoch)
+        self._filled = [0] * slots
+
+    def refresh(self, sequence: Sequence, request: Request, sample: Sample) -> None:
+        """Bring the slot of a scheduled sequence up to date: O(new pages)."""
+        slot, owner = sequence.slot, (sequence.seq_id, sequence.epoch)
+        if self._owner[slot] != owner:
+            self._owner[slot] = owner
+            self._filled[slot] = 0
+            self._fill_sampling(slot, request, sample)
+        filled, pages = self._filled[slot], sequence.pages
+        if filled < len(pages):
+            self.page_table[slot, filled:len(pages)] = [h.id for h in pages[filled:]]
+            self._filled[slot] = len(pages)
+
+    def _fill_sampling(self, slot: int, request: Request, sample: Sample) -> None:
+        params, views = request.params, self.sampling
+        views["slots"][slot] = slot
+        views["temperature"][slot] = 0.0 if params.greedy else params.temperature
+        views["top_k"][slot] = max(params.top_k, 0)
+        for name in (
+            "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"
+        ):
+            views[name][slot] = getattr(params, name)
+        views["key_data"][slot] = request.key_data
+        views["sample_index"][slot] = sample.output.index
+        views["prompt_lens"][slot] = len(request.prompt_token_ids)
+        views["banned"][slot] = -1
+        views["banned"][slot, : len(sample.banned)] = sample.banned
+
+
+class Runner:
+    """The device side of one engine."""
+
+    def __init__(
+        self, programs: Programs, params: Params, make_kv: Callable[[], jax.Array],
+        kv: jax.Array, spec: StepSpec, lookup: Callable[[Sequence], tuple[Request, Sample]],
+    ):
+        """Args:
+          programs: compiled programs.
+          params: weights by dotted name.
+          make_kv: makes an empty KV pool, for recovery after a failed step.
+          kv: the KV pool, [P, L, 2, page_tokens, K, D].
+          spec: constants of the programs.
+          lookup: the request and sample of a scheduled sequence.
+        """
+        self.programs, self._params, self._spec = programs, params, spec
+        self._make_kv, self._kv = make_kv, kv
+        self._lookup = lookup
+        self._last_tokens = jnp.zeros((spec.sequences,), jnp.int32)
+        self._slots = SlotState(spec.sequences, spec.table_width)
+
+    def dispatch(self, plan: Plan) -> StepRecord:
+        """Enqueue one step; returns before it has run."""
+        vector, bucket = self._forward_vector(plan)
+        sampled = [chunk for chunk in plan.chunks if chunk.sample]
+        forward = self.programs.forward(bucket)
+        self._kv, picked, hidden = forward(self._params, self._kv, vector, self._last_tokens)
+        packed = self._sample(sampled, picked) if sampled else None
+        prompt_rows, prompt_packed = self._prompt_logprobs(plan, hidden, bucket)
+        rows = tuple(SampledRow(c.sequence, c.sequence.epoch) for c in sampled)
+        return StepRecord(plan.step_id, rows, packed, prompt_rows, prompt_packed, picked)
+
+    @staticmethod
+    def read(record: StepRecord) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Wait for a step's result: (packed i32[R, W], prompt log probabilities i32[T, W])."""
+        if record.packed is None and record.prompt_packed is None:
+            record.fence.block_until_ready()  # surfaces a failed step here, not three steps on
+        packed = None if record.packed is None else np.asarray(record.packed)
+        prompt = None if record.prompt_packed is None else np.asarray(record.prompt_packed)
+        return packed, prompt
+
+    def reset(self) -> None:
+        """A new, empty pool after a failed step (which consumed the donated one)."""
+        self._kv = self._make_kv()
+        self._last_tokens = jnp.zeros((self._spec.sequences,), jnp.int32)
+
+    def close(self) -> None:
+        """Drop device memory."""
+        jax.block_until_ready(self._kv)
+        self._kv = self._params = None  # type: ignore[assignment]
+
+    @property
+    def kv(self) -> jax.Array:
+        """The KV pool as of the last dispatched step. Reading it delays the next step."""
+        return self._kv
+
+    def _forward_vector(self, plan: Plan) -> tuple[np.ndarray, int]:
+        spec, chunks = self._spec, plan.chunks
+        bucket = spec.buckets.token_bucket(plan.num_tokens)
+        layout = ForwardBatch.layout(bucket, spec.sequences, spec.table_width)
+        vector = np.zeros(layout.size, np.int32)
+        views = layout.views(vector)
+        starts, tokens = views["query_starts"], views["tokens"]
+        row, sample_row = 0, 0
+        slots = []
+        for index, chunk in enumerate(chunks):
+            sequence, count = chunk.sequence, chunk.count
+            self._slots.refresh(sequence, *self._lookup(sequence))
+            slots.append(sequence.slot)
+            starts[index] = row
+            end = row + count
+            if count == 1:
+                known = chunk.start < len(sequence.tokens)
+                tokens[row] = sequence.tokens[chunk.start] if known else -1 - sequence.slot
+                views["positions"][row] = chunk.start
+            else:
+                ids = sequence.tokens[chunk.start : chunk.start + count]
+                tokens[row : row + len(ids)] = ids
+                tokens[row + len(ids) : end] = -1 - sequence.slot  # at most the one in flight
+                views["positions"][row:end] = np.arange(chunk.start, chunk.start + count)
+            views["prompt_lens"][row:end] = sequence.prompt_len
+            views["kv_lens"][index] = chunk.start + count
+            if chunk.sample:
+                views["sample_rows"][sample_row] = end - 1
+                sample_row += 1
+            row = end
+        starts[len(chunks) :] = row
+        views["page_table"][: len(chunks)] = self._slots.page_table[slots]
+        for index, (source, target) in enumerate(plan.copies):
+            views["copy_sources"][index] = source
+            views["copy_targets"][index] = target
+        views["counts"][:] = (row, len(chunks), len(plan.copies))
+        return vector, bucket
+
+    def _sample(self, sampled: Sequence_[Chunk], picked: jax.Array) -> jax.Array:
+        spec = self._spec
+        bucket = spec.buckets.row_bucket(len(sampled))
+        layout = SampleBatch.layout(bucket)
+        vector = np.zeros(layout.size, np.int32)
+        views = SampleBatch.host_views(vector, layout)
+        slots = [chunk.sequence.slot for chunk in sampled]
+        count = len(slots)
+        for name, by_slot in self._slots.sampling.items():
+            if name not in ("counts", "token_index", "history_lens"):
+                views[name][:count] = by_slot[slots]
+        views["counts"][0] = count
+        views["slots"][count:] = spec.sequences
+        views["banned"][count:] = -1
+        edits = logprobs = False
+        for row, chunk in enumerate(sampled):
+            sequence = chunk.sequence
+            before = chunk.start + chunk.count  # tokens known to the model when it samples
+            index = before - sequence.prompt_len
+            views["token_index"][row] = index
+            views["history_lens"][row] = before
+            request, sample = self._lookup(sequence)
+            if index >= request.params.min_tokens:
+                views["banned"][row] = -1
+            elif sample.banned:
+                edits = True
+            edits |= request.params.penalised
+            logprobs |= request.params.logprobs is not None
+        variant = SampleVariant(edits, logprobs)
+        history = self._history(sampled, bucket) if edits else None
+        self._last_tokens, packed = self.programs.sample(bucket, variant)(
+            self._params, picked, vector, self._last_tokens, history
+        )
+        return packed
+
+    def _history(self, sampled: Sequence_[Chunk], bucket: int) -> np.ndarray:
+        history = np.full((bucket, self._spec.history_width), -1, np.int32)
+        for row, chunk in enumerate(sampled):
+            known = chunk.sequence.tokens
+            before = chunk.start + chunk.count
+            history[row, : len(known)] = known
+            history[row, len(known) : before] = -2  # the slot's last token, still on the device
+        return history
+
+    def _prompt_logprobs(
+        self, plan: Plan, hidden: jax.Array, bucket: int
+    ) -> tuple[tuple[PromptRows, ...], jax.Array | None]:
+        wanted: list[PromptRows] = []
+        targets = None
+        row = 0
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            request, sample = self._lookup(sequence)
+            count = min(chunk.count, sequence.prompt_len - 1 - chunk.start)
+            if request.prompt_logprobs is not None and sample.output.index == 0 and count > 0:
+                if targets is None:
+                    targets = np.zeros(bucket, np.int32)
+                first = chunk.start + 1
+                targets[row : row + count] = sequence.tokens[first : first + count]
+                wanted.append(PromptRows(sequence, row, chunk.start, count))
+            row += chunk.count
+        if targets is None:
+            return (), None
+        program = self.programs.prompt_logprobs(bucket)
+        return tuple(wanted), program(self._params, hidden, targets)
+
+
+__all__ = ["BANNED_TOKENS", "PromptRows", "Runner", "SampledRow", "SlotState", "StepRecord"]

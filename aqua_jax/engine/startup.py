@@ -1,0 +1,243 @@
+"""From a configuration to a running engine's parts: weights, KV pool, programs, scheduler.
+
+What is sized here is sized once; every impossible combination is refused here with the field, the
+value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from aqua_jax import loading
+from aqua_jax.config import EngineConfig
+from aqua_jax.engine.buckets import BucketTable
+from aqua_jax.engine.programs import Params, Programs, StepSpec
+from aqua_jax.engine.request import Request, Sample
+from aqua_jax.engine.runner import Runner
+from aqua_jax.errors import ConfigError
+from aqua_jax.models.config import ModelConfig
+from aqua_jax.models.parameters import abstract_decoder
+from aqua_jax.ops import library
+from aqua_jax.ops import linear as linear_op
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.scheduling.policies import POLICIES
+from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
+from aqua_jax.scheduling.sequence import Sequence
+
+_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    model_config: ModelConfig
+    model_name: str
+    tokenizer: Any | None
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    pool: PagePool
+    scheduler: Scheduler
+    runner: Runner
+    implementations: dict[str, str]  # op -> implementation in use
+    timings: dict[str, float]  # seconds by phase
+
+
+def build(
+    config: EngineConfig, lookup: Callable[[Sequence], tuple[Request, Sample]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Parts:
+    """Load, size and compile everything an engine needs.
+
+    Args:
+      config: the engine's configuration.
+      lookup: the request and sample of a sequence, for the runner.
+      progress: called with (phase, done, total) while compiling.
+
+    Raises:
+      ConfigError: the configuration does not fit the model or the pool.
+      ModelLoadError: the model cannot be read.
+    """
+    timings: dict[str, float] = {}
+    started = time.monotonic()
+    enable_compile_cache(config.compile_cache_dir)
+    pack = _packs_weights(config)
+    loaded = loading.load(
+        config.model, load_format=config.load_format, dtype=config.dtype,
+        tokenizer=config.tokenizer, transform=_pack_kernel if pack else None, seed=config.seed,
+    )
+    model, params = loaded.config, dict(loaded.params)
+    if pack and model.tied_embeddings:
+        params["embed.embedding"] = jnp.asarray(
+            _pack(np.asarray(params["embed.embedding"]).T)
+        )
+    timings["load_s"] = time.monotonic() - started
+
+    dtype = jnp.dtype(loaded.dtype)
+    kv_dtype = dtype if config.kv_dtype == "auto" else jnp.dtype(_DTYPES[config.kv_dtype])
+    num_pages = pool_pages(config, model, kv_dtype.itemsize)
+    max_model_len = model_length(config, model, num_pages * config.page_tokens)
+    attention = _attention(config)
+    spec = StepSpec(
+        sequences=config.max_num_seqs,
+        table_width=-(-max_model_len // config.page_tokens),
+        buckets=BucketTable.build(
+            config.step_tokens, config.max_num_seqs, deterministic=config.deterministic,
+            skips_padding=pack and attention == "ffi",
+        ),
+        history_width=max_model_len,
+        deterministic=config.deterministic,
+        attention=attention,
+        head_dim=model.head_dim,
+    )
+    shape = (
+        num_pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim
+    )
+
+    def make_kv() -> jax.Array:
+        return jnp.zeros(shape, kv_dtype)
+
+    kv = make_kv()
+    graphdef, _ = abstract_decoder(model, dtype)
+    programs = Programs(graphdef, params, kv, spec)
+    warmup_started = time.monotonic()
+    programs.warm_up(
+        config.warmup,
+        None if progress is None else lambda done, total: progress("compile", done, total),
+    )
+    timings["warmup_s"] = time.monotonic() - warmup_started
+    pool = PagePool(num_pages, config.page_tokens)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
+            max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
+        ),
+        POLICIES[config.policy](),
+        pool,
+        PrefixCache(pool) if config.prefix_caching else None,
+    )
+    runner = Runner(programs, params, make_kv, kv, spec, lookup)
+    timings["ready_s"] = time.monotonic() - started
+    logging.info(
+        "%s: %.1fM parameters %s, %d pages of %d tokens, ready in %.1f s",
+        loaded.name, sum(p.size for p in params.values()) / 1e6, dtype.name, num_pages,
+        config.page_tokens, timings["ready_s"],
+    )
+    tokenizer = None if isinstance(loaded.tokenizer, loading.NoTokenizer) else loaded.tokenizer
+    implementations = {
+        "attention": attention or "reference", "matmul": "packed" if pack else "xla",
+        "platform": jax.default_backend(),
+    }
+    return Parts(
+        model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, pool,
+        scheduler, runner, implementations, timings,
+    )
+
+
+def enable_compile_cache(directory: str | None) -> None:
+    """Keep compiled programs on disk between runs.
+
+    Args:
+      directory: where; None: the user's cache directory; "": nowhere.
+    """
+    if directory == "":
+        return
+    if directory is None:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        directory = os.path.join(root, "aqua_jax", "programs")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
+    """Pages of the KV pool.
+
+    Raises:
+      ConfigError: not even one page fits.
+    """
+    token_bytes = model.num_layers * 2 * model.kv_size * itemsize
+    if config.kv_cache_tokens is not None:
+        pages = config.kv_cache_tokens // config.page_tokens
+        if pages < 1:
+            raise ConfigError(
+                "kv_cache_tokens", config.kv_cache_tokens,
+                f"at least one page of {config.page_tokens} tokens",
+            )
+        return pages
+    page_bytes = token_bytes * config.page_tokens
+    pages = config.kv_cache_memory // page_bytes
+    if pages < 1:
+        raise ConfigError(
+            "kv_cache_memory", config.kv_cache_memory,
+            f"at least one page: {page_bytes} bytes for this model",
+        )
+    return pages
+
+
+def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> int:
+    """Longest sequence in tokens: the model's context, the pool's size, or what was asked for.
+
+    Raises:
+      ConfigError: max_model_len is longer than the model or the pool allows.
+    """
+    scaling, trained = model.rope_scaling, model.max_position
+    if scaling.kind in ("linear", "dynamic"):
+        trained = int(trained * scaling.factor)
+    elif scaling.kind == "yarn" and scaling.original_max_position:
+        trained = max(trained, int(scaling.original_max_position * scaling.factor))
+    if config.max_model_len is None:
+        length = min(trained, pool_tokens)
+        if length < trained:
+            logging.info(
+                "max_model_len is %d: the KV pool holds no more (the model allows %d)",
+                length, trained,
+            )
+        return length
+    if config.max_model_len > trained:
+        raise ConfigError(
+            "max_model_len", config.max_model_len, f"at most {trained}, the model's context"
+        )
+    if config.max_model_len > pool_tokens:
+        raise ConfigError(
+            "max_model_len", config.max_model_len,
+            f"at most {pool_tokens}, the tokens the KV pool holds (see kv_cache_memory)",
+        )
+    return config.max_model_len
+
+
+def _attention(config: EngineConfig) -> str:
+    if config.attention == "reference":
+        return "reference"
+    if library.available() and jax.default_backend() == "cpu":
+        return "ffi"
+    if config.attention == "ffi":
+        raise ConfigError("attention", "ffi", f"reference or auto: {library.reason()}")
+    return "reference"
+
+
+def _packs_weights(config: EngineConfig) -> bool:
+    if config.matmul == "xla":
+        return False
+    usable = jax.default_backend() == "cpu" and library.onednn_available()
+    if config.matmul == "onednn" and not usable:
+        raise ConfigError("matmul", "onednn", f"xla or auto: {library.onednn_reason()}")
+    return usable
+
+
+def _pack(kernel: np.ndarray) -> np.ndarray:
+    return linear_op.pack(kernel, kernel.dtype)
+
+
+def _pack_kernel(name: str, array: np.ndarray) -> Any:
+    return jnp.asarray(_pack(array) if name.endswith(".kernel") else array)
