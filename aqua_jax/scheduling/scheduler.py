@@ -293,10 +293,11 @@ class Scheduler:
         sequence.pages = shared + pages
         sequence.num_computed = computed
         sequence.num_registered = len(shared)
-        if sequence.preemptions == 0:
-            sequence.num_cached_tokens = computed
-        if self.prefix is not None and not sequence.no_prefix_read:
-            self.prefix.count(sequence.total_len, computed)
+        if sequence.parent is None:  # what forks share is no merit of the cache
+            if sequence.preemptions == 0:
+                sequence.num_cached_tokens = computed
+            if self.prefix is not None and not sequence.no_prefix_read:
+                self.prefix.count(sequence.total_len, computed)
         lost = max(0, sequence.num_dropped - computed)
         sequence.num_lost += lost
         self.counters.recomputed_tokens += lost

@@ -51,7 +51,7 @@ class Sequence:
     epoch: int = dataclasses.field(default=-1, init=False)  # of the slot, when it was given
     chain: DigestChain | None = dataclasses.field(default=None, init=False)
     num_registered: int = dataclasses.field(default=0, init=False)  # leading pages offered to cache
-    num_cached_tokens: int = dataclasses.field(default=0, init=False)  # not computed at admission
+    num_cached_tokens: int = dataclasses.field(default=0, init=False)  # found at first admission
     num_dropped: int = dataclasses.field(default=0, init=False)  # KV tokens of the last preemption
     num_lost: int = dataclasses.field(default=0, init=False)  # dropped and computed again, in all
     preemptions: int = dataclasses.field(default=0, init=False)

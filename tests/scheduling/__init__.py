@@ -1,0 +1,1 @@
+"""Tests of aqua_jax.scheduling."""
