@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from aqua_jax.errors import ModelLoadError, RequestError
 
@@ -63,7 +63,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """`{% generation %}...{% endgeneration %}` marks the assistant's tokens: rendered as is."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -84,6 +84,25 @@ def import_gguf():  # the module object; it has no useful static type
     return gguf
 
 
+def _dequantize(raw: np.ndarray, type_id: int) -> np.ndarray:
+    """Decodes whole blocks, u8 of any shape, into a flat float32 array.
+
+    The package works on groups of 16 rows, 9 KiB of a 576-wide model: NumPy's call overhead then
+    is half the time. Blocks are independent, so pieces of 128 Ki values are decoded instead.
+    """
+    gguf = import_gguf()
+    kind = gguf.GGMLQuantizationType(type_id)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, size)
+    out = np.empty(len(blocks) * elements, np.float32)
+    step = max(1, (1 << 17) // elements)
+    for start in range(0, len(blocks), step):
+        piece = blocks[start : start + step].reshape(1, -1)
+        values = gguf.quants.dequantize(piece, kind)
+        out[start * elements : (start + step) * elements] = values.reshape(-1)
+    return out
+
+
 class GGUFCheckpoint:
     """`Checkpoint` over one .gguf file; `header` has its metadata.
 
@@ -217,8 +236,7 @@ class GGUFCheckpoint:
         elif entry.type_id == _BF16:
             rows = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
         else:
-            gguf = import_gguf()
-            rows = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(entry.type_id))
+            rows = _dequantize(raw, entry.type_id)
         return rows.reshape(stop - start, *entry.shape[1:])
 
     def get(self, name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from aqua_jax.loading.gguf import GGUFCheckpoint
 from aqua_jax.loading.gguf_config import hugging_face_config, with_biases
 from aqua_jax.loading.resolve import ModelFiles, resolve
 from aqua_jax.loading.safetensors import SafetensorsCheckpoint
-from aqua_jax.loading.tokenizer import Tokenizer, load_tokenizer
+from aqua_jax.loading.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
 from aqua_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -74,10 +74,18 @@ def _directory_eos(path: str, config: ModelConfig, tokenizer: Tokenizer) -> tupl
     return tuple(dict.fromkeys(found))
 
 
-def _tokenizer(files_: ModelFiles, tokenizer: str | None) -> Tokenizer:
+def _tokenizer(
+    found: ModelFiles, tokenizer: str | None, checkpoint: GGUFCheckpoint | None
+) -> Tokenizer:
+    """The named tokenizer, or the model's own (from the header that is already parsed)."""
     if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    return load_tokenizer(files_.path, missing_ok=True, name=files_.name)
+        return load_tokenizer(resolve(tokenizer).path)
+    if checkpoint is not None:
+        from aqua_jax.loading import gguf_tokenizer
+
+        words = gguf_tokenizer.build(found.path, checkpoint.header.metadata)
+        return words if words is not None else NoTokenizer(found.name)
+    return load_tokenizer(found.path, missing_ok=True, name=found.name)
 
 
 def load(
@@ -136,7 +144,7 @@ def load(
         sanity.check_layers(config, len(source.names()), found.path)
         table = hf_tensor_map(config)
         assemble.check_complete(source, table, found.path, config.tied_embeddings)
-        words = _tokenizer(found, tokenizer)
+        words = _tokenizer(found, tokenizer, checkpoint)
         kind = assemble.auto_dtype(source) if dtype == "auto" else _DTYPES[dtype]
         params = dict(assemble.stream(source, table, kind, found.path, transform))
     finally:
@@ -151,9 +159,6 @@ def _load_dummy(
     overrides: Mapping[str, Any] | None, seed: int,
 ) -> LoadedModel:
     """Random weights for `found.path`/config.json; bfloat16 unless its dtype says float32."""
-    from aqua_jax.loading.assemble import finish, place
-    from aqua_jax.models.parameters import random_params
-
     where = os.path.join(found.path, "config.json")
     raw = files.read_json(where)
     config = _config(raw, overrides, where)
@@ -162,7 +167,10 @@ def _load_dummy(
         dtype = "float32" if stated == "float32" else "bfloat16"
     kind = _DTYPES[dtype]
     sanity.check_memory(config, kind, where)
-    words = _tokenizer(found, tokenizer)
+    words = _tokenizer(found, tokenizer, None)
+    from aqua_jax.loading.assemble import finish, place
+    from aqua_jax.models.parameters import random_params
+
     params = {
         name: place(finish(name, array, transform))
         for name, array in random_params(config, kind, seed)

@@ -8,6 +8,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ def _read_header(fd: int, path: str, size: int) -> dict[str, _Entry]:
         entries[name], end = _entry(fd, path, name, raw, 8 + length, size)
         spans.append((entries[name].offset - 8 - length, end, name))
     spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             raise ModelLoadError(f"{path}: tensors {first!r} and {second!r} overlap")
     return entries
