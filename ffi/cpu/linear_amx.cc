@@ -1,0 +1,125 @@
+// bf16 panels on Intel AMX tiles (Sapphire Rapids and later).
+#include "linear_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+namespace aqua::linear {
+namespace {
+
+#define AQUA_AMX __attribute__((target("amx-tile,amx-bf16,avx512f")))
+
+// A block of 8 steps of B (32 KiB) stays in the 48 KiB L1 while all row tiles pass over it. With
+// one or two row tiles nothing is gained by that, and the sums stay in the tiles for all of k.
+constexpr int64_t kBlockSteps = 8;
+
+// How far ahead of the panel's reads to fetch, bytes. Few rows run at memory speed.
+constexpr int64_t kPrefetchBytes = 16 * 1024;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: sums of 16 columns each; 4: A; 5, 6: B.
+TileConfig tile_config(int64_t rows) {
+  TileConfig config;
+  for (int tile = 0; tile < 7; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = static_cast<uint8_t>(tile < 5 ? rows : 16);
+  }
+  return config;
+}
+
+template <bool kPrefetch>
+AQUA_AMX inline void multiply_steps(const char* a, const char* b, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, b, 256);
+    _tile_loadd(6, b + 64, 256);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 6);
+    if (kPrefetch) {
+      for (int64_t line = 0; line < kStepBytes; line += 64) {
+        _mm_prefetch(b + kPrefetchBytes + line, _MM_HINT_T1);
+      }
+    }
+    _tile_loadd(5, b + 128, 256);
+    _tile_loadd(6, b + 192, 256);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 6);
+    a += kTileBytes;
+    b += kStepBytes;
+  }
+}
+
+AQUA_AMX inline void load_sums(float* c) {
+  _tile_loadd(0, c, 256);
+  _tile_loadd(1, c + 16, 256);
+  _tile_loadd(2, c + 32, 256);
+  _tile_loadd(3, c + 48, 256);
+}
+
+AQUA_AMX inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+AQUA_AMX inline void store_sums(float* c) {
+  _tile_stored(0, c, 256);
+  _tile_stored(1, c + 16, 256);
+  _tile_stored(2, c + 32, 256);
+  _tile_stored(3, c + 48, 256);
+}
+
+AQUA_AMX void panel_bf16(const char* a, int64_t rows, const char* b, int64_t steps, float* c) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t last_rows = rows - (tiles - 1) * kTileRows;
+  const TileConfig full = tile_config(kTileRows), last = tile_config(last_rows);
+  const int64_t block = tiles <= 2 ? steps : kBlockSteps;
+  const TileConfig* loaded = nullptr;
+  for (int64_t step = 0; step < steps; step += block) {
+    const int64_t count = std::min(block, steps - step);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const TileConfig* wanted = tile + 1 < tiles || last_rows == kTileRows ? &full : &last;
+      if (wanted != loaded) _tile_loadconfig(loaded = wanted);
+      float* sums = c + tile * kTileRows * kPanelColumns;
+      if (step == 0) {
+        zero_sums();
+      } else {
+        load_sums(sums);
+      }
+      const char* a_tile = a + (tile * steps + step) * kTileBytes;
+      const char* b_step = b + step * kStepBytes;
+      if (tile == 0) {
+        multiply_steps<true>(a_tile, b_step, count);
+      } else {
+        multiply_steps<false>(a_tile, b_step, count);
+      }
+      store_sums(sums);
+    }
+  }
+  _tile_release();
+}
+
+}  // namespace
+
+const PanelKernel panel_bf16_amx = panel_bf16;
+
+}  // namespace aqua::linear
+
+#else
+
+namespace aqua::linear {
+const PanelKernel panel_bf16_amx = nullptr;
+}  // namespace aqua::linear
+
+#endif

@@ -1,0 +1,169 @@
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/thread_pool.h"
+#include "linear.h"
+
+namespace aqua::linear {
+namespace {
+
+// Below this many elements packing is not worth handing to another thread (2 us of work).
+constexpr int64_t kInlineElements = 32 * 1024;
+
+// 256 rows x 64 columns of sums are 64 KiB; larger blocks gained under 4% (1,024 rows), and on
+// smaller ones the panel of weights is read again more often.
+constexpr int64_t kMaxTilesPerTask = 16;
+
+// An output that L2 can't hold is written past the caches: no line is read to be overwritten.
+// 1,024 x 4,096 f32: 9.0 -> 7.3 ms; 1,024 x 768: 4.0 -> 3.2 ms.
+constexpr int64_t kStreamBytes = 2 * 1024 * 1024;
+
+struct Buffer {
+  std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
+  int64_t bytes = 0;
+};
+
+void pack_row(const Input& x, int64_t row, Element element, int64_t steps, float* scratch,
+              char* to) {
+  const RowKernels& kernels = row_kernels();
+  const int64_t step_k = k_per_step(element);
+  const bool plain_bf16 = x.element == Element::kBf16 && element == Element::kBf16 &&
+                          x.norm_scale == nullptr;
+  if (plain_bf16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * x.k;
+    for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+      const int64_t count = std::min(step_k, x.k - s * step_k);
+      if (count == step_k) {
+        std::memcpy(to, from + s * step_k, 64);
+      } else {
+        std::memset(to, 0, 64);
+        std::memcpy(to, from + s * step_k, count * 2);
+      }
+    }
+    return;
+  }
+  const float* from = static_cast<const float*>(x.data) + row * x.k;
+  if (x.element == Element::kBf16) {
+    kernels.from_bf16(static_cast<const uint16_t*>(x.data) + row * x.k, scratch, x.k);
+    from = scratch;
+  }
+  if (x.norm_scale != nullptr) {
+    kernels.rms_norm(from, x.norm_scale, x.norm_eps, scratch, x.k);
+    from = scratch;
+  }
+  for (int64_t s = 0; s < steps; ++s, to += kTileBytes) {
+    const int64_t count = std::min(step_k, x.k - s * step_k);
+    if (count < step_k) std::memset(to, 0, 64);
+    if (element == Element::kBf16) {
+      kernels.to_bf16(from + s * step_k, reinterpret_cast<uint16_t*>(to), count);
+    } else {
+      std::memcpy(to, from + s * step_k, count * 4);
+    }
+  }
+}
+
+void store_row(const float* sums, const float* bias, const float* residual, int64_t count,
+               bool stream, float* out) {
+  alignas(64) float line[kPanelColumns];
+  if (bias != nullptr || residual != nullptr) {
+    for (int64_t i = 0; i < count; ++i) {
+      line[i] = sums[i] + (bias != nullptr ? bias[i] : 0.0f);
+      if (residual != nullptr) line[i] += residual[i];
+    }
+    sums = line;
+  }
+#if defined(__x86_64__)
+  if (stream && count == kPanelColumns && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+    for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(out + i, _mm_load_ps(sums + i));
+    return;
+  }
+#else
+  (void)stream;
+#endif
+  std::memcpy(out, sums, count * sizeof(float));
+}
+
+}  // namespace
+
+char* thread_scratch(Slot slot, int64_t bytes) {
+  thread_local Buffer buffers[3];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.bytes < bytes) {
+    const int64_t wanted = (bytes + 4095) / 4096 * 4096;
+    buffer.data.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.bytes = wanted;
+  }
+  return buffer.data.get();
+}
+
+const char* pack_rows(const Input& x, Element element, int64_t steps, Slot slot) {
+  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
+  char* packed = thread_scratch(slot, tiles * steps * kTileBytes);
+  const auto pack_tile = [&](int64_t tile, int) {
+    float* scratch =
+        reinterpret_cast<float*>(thread_scratch(Slot::kSums, x.k * sizeof(float)));
+    const int64_t end = std::min(x.rows, (tile + 1) * kTileRows);
+    for (int64_t row = tile * kTileRows; row < end; ++row) {
+      char* to = packed + tile * steps * kTileBytes + row % kTileRows * 64;
+      pack_row(x, row, element, steps, scratch, to);
+    }
+  };
+  if (x.rows * x.k <= kInlineElements) {
+    for (int64_t tile = 0; tile < tiles; ++tile) pack_tile(tile, 0);
+  } else {
+    parallel_for(tiles, pack_tile);
+  }
+  return packed;
+}
+
+int64_t tiles_per_task(int64_t rows, int64_t panels) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t wanted_blocks = (4 * num_threads() + panels - 1) / panels;
+  const int64_t balanced = std::max<int64_t>(1, tiles / wanted_blocks);
+  return std::min(kMaxTilesPerTask, balanced);
+}
+
+void multiply(const char* packed, int64_t rows, const Weights& weights, const Store& store) {
+  if (rows == 0) return;
+  const Kernels& set = kernels();
+  const PanelKernel kernel = weights.element == Element::kBf16 ? set.bf16 : set.f32;
+  const int64_t block_tiles = tiles_per_task(rows, weights.panels);
+  const int64_t block = block_tiles * kTileRows, blocks = (rows + block - 1) / block;
+  parallel_for(weights.panels * blocks, [&](int64_t task, int) {
+    const int64_t panel = task / blocks, row = task % blocks * block;
+    const int64_t count = std::min(block, rows - row);
+    float* sums = reinterpret_cast<float*>(
+        thread_scratch(Slot::kSums, block * kPanelColumns * sizeof(float)));
+    kernel(packed + row / kTileRows * weights.steps * kTileBytes, count,
+           weights.data + panel * weights.steps * kStepBytes, weights.steps, sums);
+    store(panel, row, count, sums);
+  });
+}
+
+void multiply_to(const char* packed, int64_t rows, int64_t all_rows, const Weights& weights,
+                 int64_t n, const float* bias, const float* residual, float* out) {
+  const bool stream = rows * n * static_cast<int64_t>(sizeof(float)) > kStreamBytes;
+  multiply(packed, rows, weights, [&](int64_t panel, int64_t row, int64_t count, const float* sums) {
+    const int64_t column = panel * kPanelColumns, width = std::min(kPanelColumns, n - column);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (row + r) * n + column;
+      store_row(sums + r * kPanelColumns, bias == nullptr ? nullptr : bias + column,
+                residual == nullptr ? nullptr : residual + at, width, stream, out + at);
+    }
+#if defined(__x86_64__)
+    if (stream) _mm_sfence();
+#endif
+  });
+  std::memset(out + rows * n, 0, (all_rows - rows) * n * sizeof(float));
+}
+
+}  // namespace aqua::linear
