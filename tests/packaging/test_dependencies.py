@@ -1,4 +1,4 @@
-"""What pyproject.toml declares, what the code imports and what docs/dependencies.md explains agree."""
+"""What pyproject.toml declares, the code imports and docs/dependencies.md explains must agree."""
 
 from __future__ import annotations
 
