@@ -1,0 +1,56 @@
+"""Copies of whole pages inside the pool: what copy on write needs at the head of a step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from aqua_jax.ops import library
+
+
+def copy_pages(
+    kv: jax.Array,
+    src: jax.Array,
+    dst: jax.Array,
+    count: jax.Array,
+    *,
+    implementation: Literal["ffi", "reference"] | None = None,
+) -> jax.Array:
+    """Copies page src[i] over page dst[i] for i < count, as if all sources were read first.
+
+    Args:
+      kv: [P, ...] the pool; updated in place when the compiled function donates it.
+      src: i32[C] pages to read.
+      dst: i32[C] pages to write, no two of them equal.
+      count: i32[1] how many of the C pairs count; the rest is padding.
+      implementation: `ffi`, `reference` (jnp, any platform), or None for the best there is.
+
+    Returns:
+      The pool.
+
+    Raises:
+      ValueError: shapes don't fit together.
+      RuntimeError: `ffi` was asked for and isn't there; or, when run, a page outside the pool.
+    """
+    if src.ndim != 1 or src.shape != dst.shape or count.shape != (1,):
+        raise ValueError(
+            f"copy_pages: shapes of src, dst, count: got {src.shape}, {dst.shape}, "
+            f"{count.shape}; allowed: [C], [C], [1]"
+        )
+    if implementation is None:
+        implementation = "ffi" if library.use("aqua_copy_pages") else "reference"
+    if implementation == "reference":
+        valid = jnp.arange(src.shape[0]) < count[0]
+        pages = kv.shape[0]
+        sources = kv[jnp.where(valid, src, 0)]
+        return kv.at[jnp.where(valid, dst, pages)].set(sources, mode="drop")
+    if not library.available("aqua_copy_pages"):
+        raise RuntimeError(f"copy_pages implementation 'ffi' is missing: {library.reason()}")
+    call = jax.ffi.ffi_call(
+        "aqua_copy_pages",
+        jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+        input_output_aliases={0: 0},
+    )
+    return call(kv, src, dst, count)
