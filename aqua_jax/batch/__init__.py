@@ -1,0 +1,1 @@
+"""JSONL jobs: files of requests answered line by line, resumable after any interruption."""

@@ -1,0 +1,1 @@
+"""The absl commands: `aqua-jax COMMAND --flags`. The only place that knows flags."""

@@ -1,0 +1,122 @@
+"""`aqua-jax batch`: a file of requests, answered line by line, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from aqua_jax.cli import flags as common
+from aqua_jax.cli.flagset import FlagSet, UsageError
+
+_log = logging.getLogger(__name__)
+
+
+def define(flags: FlagSet) -> None:
+    """Defines the command's flags."""
+    with flags.group("Job"):
+        flags.string("input", None, "JSONL file of requests. Required.", "FILE")
+        flags.string(
+            "output", None, "JSONL file that results are appended to; what it already answers is "
+            "not asked again. Required.", "FILE",
+        )
+        flags.integer(
+            "max_live_requests", None, "Most requests handed to the engine at a time; default: 4 "
+            "times --max_num_seqs.", 1,
+        )
+        flags.switch("progress", True, "Show progress on standard error.")
+    common.define_sampling_flags(flags, "Sampling, for lines that don't say")
+    common.define_engine_flags(flags)
+
+
+class StopSignal:
+    """Whether Ctrl-C or a request to end has come, and which."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the first asks to stop after the current step, a second stops at once."""
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print("\naqua-jax: stopping after this step (again: at once)", file=sys.stderr)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Within, SIGINT and SIGTERM set a flag instead of ending the process."""
+    stop = StopSignal()
+    before = {number: signal.signal(number, stop.handle)
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_paths(source: str | None, target: str | None) -> tuple[str, str]:
+    if not source:
+        raise UsageError("--input is required: a JSONL file of requests")
+    if not target:
+        raise UsageError("--output is required: the JSONL file that results go to")
+    if not os.path.isfile(source):
+        raise UsageError(f"flag --input={source}: allowed: a file that exists")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise UsageError(f"flag --output={target}: allowed: another file than --input")
+    return source, target
+
+
+def run(flags: FlagSet) -> int:
+    """Runs or resumes a job.
+
+    Returns:
+      0: every line answered without error; 1: some by error records; 130 or 143: stopped by a
+      signal.
+    """
+    config = common.engine_config(flags)
+    defaults = common.sampling_params(flags)
+    source, target = _check_paths(flags.input, flags.output)
+
+    from aqua_jax.batch.job import EngineLike, Job
+    from aqua_jax.batch.journal import Journal
+    from aqua_jax.progress import Progress
+
+    def make_engine() -> EngineLike:
+        _log.info("loading: %s", common.summary(config))
+        from aqua_jax.engine.engine import Engine
+
+        return Engine(config)
+
+    journal = Journal(target)
+    try:
+        with open(source, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            job = Job(
+                journal, make_engine, defaults=defaults, model=config.model, seed=config.seed,
+                max_live=flags.max_live_requests or 4 * config.max_num_seqs,
+            )
+            with stop_signals() as stop, Progress(total, enabled=flags.progress) as progress:
+                result = job.run(file, progress, stop)
+                rate = progress.tokens_per_second
+    finally:
+        journal.close()
+    counts = dataclasses.asdict(result)
+    _log.info(
+        "%(answered)d answered, %(errors)d errors, %(skipped)d already there, "
+        "%(output_tokens)d tokens", counts,
+    )
+    _log.info("%.0f tokens/s", rate)
+    if result.interrupted:
+        _log.info("interrupted: the same command goes on from here")
+        return 128 + stop.number
+    return 0 if result.succeeded else 1

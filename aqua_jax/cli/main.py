@@ -1,0 +1,200 @@
+"""The console script: `aqua-jax COMMAND --flags`.
+
+Nothing here imports jax: help and usage errors answer in a tenth of a second. A command's module
+is imported to define its flags, and imports the engine only when it runs.
+
+Exit status: 0 all went well; 1 some requests failed; 2 wrong usage, or the job could not be done;
+130 interrupted; 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import logging
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from aqua_jax.cli.flagset import HELP_WIDTH, FlagSet, UsageError
+
+OK, SOME_FAILED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: its module has `define(flags)` and `run(flags) -> exit status`."""
+
+    name: str
+    module: str
+    summary: str
+    description: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = (
+    Command(
+        "generate", "aqua_jax.cli.generate", "answer prompts and print the results",
+        "Answers one or more prompts and prints the results on standard output; everything else "
+        "goes to standard error.",
+        (
+            'aqua-jax generate --model=demo --chat --prompt="Why is the sky blue?" --stream',
+            "aqua-jax generate --model=DIR --prompts_file=prompts.txt --json > answers.jsonl",
+        ),
+    ),
+    Command(
+        "batch", "aqua_jax.cli.batch", "run a file of requests that survives interruption",
+        "Runs a JSONL file of requests and appends each result to the output as it finishes. "
+        "Interrupted or killed, the same command finishes the job. Lines are {\"id\", \"prompt\" or "
+        "\"messages\", sampling fields} or OpenAI Batch requests (custom_id, method, url, body).",
+        (
+            "aqua-jax batch --model=demo --input=in.jsonl --output=out.jsonl",
+            "aqua-jax batch --model=DIR --input=in.jsonl --output=out.jsonl --max_new_tokens=64",
+        ),
+    ),
+    Command(
+        "bench", "aqua_jax.cli.bench", "measure speed on this machine",
+        "Measures throughput and latency of a model on this machine with random prompts.",
+        (
+            "aqua-jax bench --model=demo --workload=single",
+            "aqua-jax bench --model=DIR --workload=single,prefill,batch,burst --json",
+        ),
+    ),
+)
+
+
+def overview() -> str:
+    """What `aqua-jax --help` prints."""
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [
+        "aqua-jax: large language model inference on JAX.",
+        "",
+        "Usage: aqua-jax COMMAND --flag=value ...",
+        "",
+        "Commands:",
+        *(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS),
+        "",
+        "Examples:",
+        "  " + COMMANDS[0].examples[0],
+        "  " + COMMANDS[1].examples[0],
+        "",
+        "`aqua-jax COMMAND --help` lists a command's flags; `aqua-jax --version` the version.",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: Command, flags: FlagSet) -> str:
+    """What `aqua-jax COMMAND --help` prints."""
+    lines = [
+        f"aqua-jax {command.name}: {command.summary}.",
+        "",
+        *textwrap.wrap(command.description, HELP_WIDTH),
+        "",
+        "Examples:",
+        *(f"  {example}" for example in command.examples),
+        "",
+        flags.help(),
+        "",
+        "Flags may also stand in a file, one a line: --flagfile=PATH.",
+    ]
+    return "\n".join(lines)
+
+
+def _complain(text: str, help_command: str) -> int:
+    print(f"{text}\nSee {help_command}.", file=sys.stderr)
+    return FAILED
+
+
+def _find(name: str) -> Command | None:
+    return next((command for command in COMMANDS if command.name == name), None)
+
+
+def _unknown_command(name: str) -> int:
+    if name.startswith("-"):
+        return _complain(
+            f"aqua-jax: the command comes first, before flags such as {name}", "aqua-jax --help"
+        )
+    near = difflib.get_close_matches(name, [command.name for command in COMMANDS], 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return _complain(f"aqua-jax: unknown command {name!r}.{hint}", "aqua-jax --help")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: the command line without the program's name.
+
+    Returns:
+      The exit status.
+    """
+    arguments = list(arguments)
+    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+        topic = _find(arguments[1]) if len(arguments) > 1 else None
+        if topic is None:
+            print(overview())
+            return OK
+        arguments = [topic.name, "--help"]
+    if arguments[0] in ("--version", "version"):
+        import aqua_jax
+
+        print(f"aqua-jax {aqua_jax.__version__}")
+        return OK
+    command = _find(arguments[0])
+    if command is None:
+        return _unknown_command(arguments[0])
+    module = importlib.import_module(command.module)
+    flags = FlagSet()
+    module.define(flags)
+    rest = arguments[1:]
+    if any(argument in ("--help", "-h", "-help") for argument in rest):
+        print(command_help(command, flags))
+        return OK
+    try:
+        flags.parse(rest)
+        return _run(module, flags)
+    except UsageError as error:
+        return _complain(f"aqua-jax {command.name}: {error}", f"aqua-jax {command.name} --help")
+
+
+def _run(module: object, flags: FlagSet) -> int:
+    from aqua_jax.errors import AquaError
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("aqua_jax").setLevel(logging.INFO)
+    try:
+        return module.run(flags)  # type: ignore[attr-defined, no-any-return]
+    except AquaError as error:
+        print(f"aqua-jax: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _detach_stdout() -> None:
+    """Lets the interpreter's last flush of stdout go nowhere instead of failing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run() -> None:
+    """Entry point of the console script; exits with the command's status."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        # A second Ctrl-C while we clean up shouldn't end in a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\naqua-jax: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        _detach_stdout()
+        status = BROKEN_PIPE
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

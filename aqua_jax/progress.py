@@ -1,0 +1,134 @@
+"""Progress on stderr: a bar on a terminal, now and then a log line elsewhere. No jax."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+LOG_EVERY_S = 10.0
+
+_log = logging.getLogger("aqua_jax.progress")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42s, 3m05s, 2h10m."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Counts requests and output tokens, shows tokens/s and the time left.
+
+    The share that is done comes from `amount` out of `total`: requests when their number is known,
+    bytes of the input otherwise.
+    """
+
+    def __init__(
+        self,
+        total: float,
+        *,
+        unit: str = "req",
+        label: str = "",
+        enabled: bool = True,
+        initial: float = 0,
+        terminal: bool | None = None,
+    ):
+        """
+        Args:
+          total: amount that is everything.
+          unit: name of what is counted, for the log lines.
+          label: words before the bar.
+          enabled: False shows nothing.
+          initial: amount done before this run (it doesn't count into rates).
+          terminal: draw a bar; None: if stderr is a terminal.
+        """
+        self._total, self._done, self._initial = total, initial, initial
+        self._unit, self._label = unit, label
+        self._tokens = self._requests = 0
+        self._start = self._logged = time.monotonic()
+        self._failed = 0
+        self._bar: Any = None
+        self._enabled = enabled
+        on_terminal = sys.stderr.isatty() if terminal is None else terminal
+        if enabled and on_terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=initial, desc=label or None, file=sys.stderr,
+                dynamic_ncols=True, smoothing=0.05,
+                bar_format="{desc}{percentage:3.0f}%|{bar}| {postfix}{elapsed}<{remaining}",
+            )
+            self._bar.set_postfix_str(self._counts() + ", ", refresh=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens over the time since the start."""
+        return self._tokens / max(time.monotonic() - self._start, 1e-9)
+
+    def skip(self, amount: float) -> None:
+        """Notes that `amount` of the total was done before this run."""
+        self._done += amount
+        self._initial += amount
+        if self._bar is not None:
+            self._bar.initial += amount
+            self._bar.update(amount)
+
+    def generated(self, tokens: int) -> None:
+        """Notes `tokens` more output tokens, of requests that may still be running."""
+        self._tokens += tokens
+        self._show(0)
+
+    def advance(
+        self, amount: float, tokens: int = 0, *, requests: int = 1, failed: int = 0
+    ) -> None:
+        """Notes that `requests` requests making up `amount` of the total have ended."""
+        self._done += amount
+        self._tokens += tokens
+        self._requests += requests
+        self._failed += failed
+        self._show(amount)
+
+    def _show(self, amount: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._counts() + ", ", refresh=False)
+            self._bar.update(amount)
+        elif self._enabled and time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            _log.info("%s", self.line())
+
+    def line(self) -> str:
+        """Where things stand, in one line."""
+        elapsed = time.monotonic() - self._start
+        share = self._done / self._total if self._total else 1.0
+        fresh = self._done - self._initial
+        left = (self._total - self._done) / fresh * elapsed if fresh > 0 else 0.0
+        label = f"{self._label}: " if self._label else ""
+        return f"{label}{100 * share:.0f}%, {self._counts()}, about {duration(left)} left"
+
+    def _counts(self) -> str:
+        failed = f", {self._failed} errors" if self._failed else ""
+        return f"{self._requests} done{failed}, {self.tokens_per_second:.0f} tok/s"
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

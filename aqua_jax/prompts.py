@@ -1,0 +1,142 @@
+"""Prompts and chat messages as users write them, checked before they reach an engine. No jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from aqua_jax.errors import RequestError
+
+Prompt = Any  # str | list[int] | {"prompt": str} | {"prompt_token_ids": list[int]}
+Message = Mapping[str, Any]  # {"role": str, "content": str | list of {"type": "text", ...}}
+
+PROMPT_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+MESSAGE_FORM = '{"role": ..., "content": text}'
+
+
+class ChatTokenizer(Protocol):
+    """The part of a tokenizer that rendering a conversation needs."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str: ...
+
+
+def is_token(value: Any) -> bool:
+    """Whether `value` can be a token id: an integer >= 0, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_text(field: str, text: str) -> str:
+    """`text`, if it can be written as UTF-8 (JSON may smuggle in half a surrogate pair).
+
+    Raises:
+      RequestError: it can't.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            field, text[error.start : error.start + 8], "text without lone surrogates"
+        ) from error
+    return text
+
+
+def check_prompt(prompt: Prompt, field: str = "prompt") -> str | list[int]:
+    """Reduces any form of a prompt to its text or its token ids.
+
+    Raises:
+      RequestError: wrong type, unknown key, empty, or not token ids.
+    """
+    if isinstance(prompt, Mapping):
+        keys = set(prompt) & {"prompt", "prompt_token_ids"}
+        unknown = sorted(str(key) for key in set(prompt) - keys)
+        if unknown or len(keys) != 1:
+            given = unknown[0] if unknown else sorted(prompt)
+            raise RequestError(field, given, 'one key, "prompt" or "prompt_token_ids"')
+        key = keys.pop()
+        value = prompt[key]
+        wanted: tuple[type, ...] = (str,) if key == "prompt" else (list, tuple)
+        if not isinstance(value, wanted):
+            allowed = "text" if key == "prompt" else "a list of token ids"
+            raise RequestError(key, value, allowed)
+        return check_prompt(value, key)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError(field, prompt, "at least one character")
+        return check_text(field, prompt)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        ids = list(prompt)
+        if not ids:
+            raise RequestError(field, ids, "at least one token id")
+        for position, token in enumerate(ids):
+            if not is_token(token):
+                raise RequestError(f"{field}[{position}]", token, "token ids, integers >= 0")
+        return ids
+    raise RequestError(field, prompt, PROMPT_FORMS)
+
+
+def _content(field: str, content: Any) -> str:
+    if isinstance(content, str):
+        return check_text(field, content)
+    if not isinstance(content, (list, tuple)):
+        raise RequestError(field, content, 'text, or a list of {"type": "text", "text": ...}')
+    parts = []
+    for position, part in enumerate(content):
+        name = f"{field}[{position}]"
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise RequestError(name, part, '{"type": "text", "text": ...}')
+        if not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
+            raise RequestError(name, part, '{"type": "text", "text": ...}')
+        parts.append(check_text(name, part["text"]))
+    return "".join(parts)
+
+
+def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str]]:
+    """A conversation with plain text contents.
+
+    Raises:
+      RequestError: not a non-empty list of messages, unknown key, or a content that isn't text.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RequestError(field, messages, f"a non-empty list of {MESSAGE_FORM}")
+    checked = []
+    for position, message in enumerate(messages):
+        name = f"{field}[{position}]"
+        if not isinstance(message, Mapping):
+            raise RequestError(name, message, MESSAGE_FORM)
+        for key in message:
+            if key not in ("role", "content", "name"):
+                raise RequestError(f"{name}.{key}", message[key], "the fields role, content, name")
+        for key in ("role", "content"):
+            if key not in message:
+                raise RequestError(f"{name}.{key}", None, MESSAGE_FORM)
+        role = message["role"]
+        if not isinstance(role, str) or not role:
+            raise RequestError(f"{name}.role", role, "text, such as system, user or assistant")
+        entry = {
+            "role": check_text(f"{name}.role", role),
+            "content": _content(f"{name}.content", message["content"]),
+        }
+        if "name" in message:
+            if not isinstance(message["name"], str):
+                raise RequestError(f"{name}.name", message["name"], "text")
+            entry["name"] = check_text(f"{name}.name", message["name"])
+        checked.append(entry)
+    return checked
+
+
+def render_chat(tokenizer: ChatTokenizer | None, messages: Any) -> tuple[str, list[int]]:
+    """A conversation as the model's template writes it: its text and its token ids.
+
+    The template writes special tokens itself, so none is added while encoding.
+
+    Raises:
+      RequestError: the messages are malformed, the template refuses them, or there is none.
+    """
+    if tokenizer is None:
+        raise RequestError("messages", messages, "token ids: this model came without a tokenizer")
+    text = tokenizer.apply_chat_template(check_messages(messages), add_generation_prompt=True)
+    return text, tokenizer.encode(text, add_special=False)
