@@ -69,8 +69,9 @@ test-long: setup  ## Run them with SCALE times the random cases and steps, and t
 test-packaging: setup  ## Build sdist and wheel, install elsewhere, import
 	@$(PYTEST) -m packaging $(ARGS)
 
-sanitize:  ## The C++ tests under the address and undefined-behaviour sanitizers
-	@cmake -S . -B build/sanitize -DAQUA_SANITIZE=ON
+sanitize: $(VENV)/.stamp-install  ## The C++ tests under the address and undefined-behaviour sanitizers
+	@export PATH="$(abspath $(BIN)):$$PATH"
+	cmake -S . -B build/sanitize -DAQUA_SANITIZE=ON
 	cmake --build build/sanitize --parallel $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure
 

@@ -1,0 +1,109 @@
+"""The documents speak of files, commands and flags that exist, and the README's code runs."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.packaging.test_architecture import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Words of one workplace, which a stranger can't follow. Spelled so as not to match itself.
+MACHINE = re.compile(r"(^|[^\w.~/})-])/(wo" r"rk|ro" r"ot|ho" r"me|fa" r"rm)/|/tm" r"p/[a-z]+\d")
+
+
+def read(path: pathlib.Path) -> str:
+    """A document's text."""
+    return path.read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)", read(document)):
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not broken, "\n".join(broken)
+
+
+def test_no_document_names_a_path_of_one_machine() -> None:
+    found = [
+        f"{document.relative_to(ROOT)}: {line}"
+        for document in DOCUMENTS for line in read(document).splitlines() if MACHINE.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_architecture_has_a_line_for_every_file() -> None:
+    text = read(ROOT / "docs" / "architecture.md")
+    files = [
+        path
+        for folder, pattern in (
+            ("aqua_jax", "*.py"), ("models", "*.py"), ("ffi", "*.cc"), ("ffi", "*.h"),
+            ("scripts", "*.py"),
+        )
+        for path in (ROOT / folder).rglob(pattern)
+        if path.name != "__init__.py" and "aqua_jax/models" not in str(path)
+    ]
+    missing = [str(path.relative_to(ROOT)) for path in files if f"`{path.name}`" not in text]
+    assert files
+    assert not missing, f"docs/architecture.md has no line for {missing}"
+
+
+def test_architecture_names_only_files_that_exist() -> None:
+    text = read(ROOT / "docs" / "architecture.md")
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|cc|h|inc|md|txt|toml))`", text))
+    known = {
+        str(path.relative_to(ROOT))
+        for folder in ("aqua_jax", "models", "ffi", "scripts", "tests", "docs")
+        for path in (ROOT / folder).rglob("*.*")
+    } | {path.name for path in ROOT.iterdir()}
+    gone = sorted(
+        name for name in named
+        if not any(full == name or full.endswith("/" + name) for full in known)
+    )
+    assert not gone, f"docs/architecture.md speaks of {gone}"
+
+
+def help_of(command: str) -> str:
+    """What `aqua-jax COMMAND --help` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "aqua_jax.cli.main", command, "--help"],
+        capture_output=True, text=True, timeout=60, cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commands_in_the_documents_have_the_flags_they_show() -> None:
+    texts = [read(document) for document in DOCUMENTS]
+    texts += [read(ROOT / "Makefile"), read(ROOT / "scripts" / "demo.py")]
+    used: dict[str, set[str]] = {}
+    for text in texts:
+        # `aqua-jax COMMAND ...` in prose and recipes, `("title", "COMMAND ...")` in the demo's list.
+        shown = r"(?:aqua-jax |\", \")(generate|batch|bench)\b([^\n]*)"
+        for command, rest in re.findall(shown, text):
+            used.setdefault(command, set()).update(re.findall(r"--([a-z_]+)", rest))
+    assert set(used) == {"generate", "batch", "bench"}
+    for command, flags in used.items():
+        known = set(re.findall(r"--(?:\[no\])?([a-z_]+)", help_of(command)))
+        unknown = flags - known - {"help"}
+        assert not unknown, f"aqua-jax {command} has no {unknown}"
+
+
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", read(ROOT / "README.md"), flags=re.DOTALL),
+    ids=lambda code: code.split("\n")[0],
+)
+def test_the_readme_code_runs(code: str, tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
