@@ -172,7 +172,7 @@ class EngineConfig:
     prefix_caching: bool = True
     policy: Literal["fcfs"] = "fcfs"
     attention: Literal["auto", "ffi", "reference"] = "auto"
-    matmul: Literal["auto", "onednn", "xla"] = "auto"
+    matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
     warmup: Literal["none", "minimal", "full"] = "minimal"
     compile_cache_dir: str | None = None  # None: the user's cache directory; "": no cache
@@ -189,7 +189,7 @@ class EngineConfig:
             "kv_dtype": ("auto", "bfloat16", "float32"),
             "policy": ("fcfs",),
             "attention": ("auto", "ffi", "reference"),
-            "matmul": ("auto", "onednn", "xla"),
+            "matmul": ("auto", "ffi", "xla"),
             "warmup": ("none", "minimal", "full"),
         }
         for field, values in choices.items():

@@ -135,7 +135,7 @@ def build(
     )
     tokenizer = None if isinstance(loaded.tokenizer, loading.NoTokenizer) else loaded.tokenizer
     implementations = {
-        "attention": attention or "reference", "matmul": "packed" if pack else "xla",
+        "attention": attention, "matmul": "ffi" if pack else "xla",
         "platform": jax.default_backend(),
     }
     return Parts(
@@ -217,22 +217,20 @@ def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> 
 
 
 def _attention(config: EngineConfig) -> str:
-    if config.attention == "reference":
-        return "reference"
-    if library.available() and jax.default_backend() == "cpu":
-        return "ffi"
-    if config.attention == "ffi":
-        raise ConfigError("attention", "ffi", f"reference or auto: {library.reason()}")
-    return "reference"
+    return _choose("attention", config.attention, "aqua_attention", "reference")
 
 
 def _packs_weights(config: EngineConfig) -> bool:
-    if config.matmul == "xla":
-        return False
-    usable = jax.default_backend() == "cpu" and library.onednn_available()
-    if config.matmul == "onednn" and not usable:
-        raise ConfigError("matmul", "onednn", f"xla or auto: {library.onednn_reason()}")
-    return usable
+    return _choose("matmul", config.matmul, "aqua_linear", "xla") == "ffi"
+
+
+def _choose(field: str, wanted: str, target: str, fallback: str) -> str:
+    """ "ffi" or the fallback; asking for "ffi" where it cannot run is an error."""
+    usable = jax.default_backend() == "cpu" and library.available(target)
+    if wanted == "ffi" and not usable:
+        why = library.reason() or f"the platform is {jax.default_backend()}, not cpu"
+        raise ConfigError(field, "ffi", f"{fallback} or auto: {why}")
+    return "ffi" if usable and wanted != fallback else fallback
 
 
 def _pack(kernel: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ class SchedulerConfig:
     max_num_seqs: int  # sequences in a step, and slots
     max_step_tokens: int  # tokens in a step, prompt chunks and decodes together
     max_model_len: int  # tokens of one sequence, prompt and output
+    max_chunk_tokens: int | None = None  # longest prompt chunk of a sequence; None: the step's
     growth_tokens: int = 64  # room to grow, per running sequence, that an admission must leave
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class SchedulerConfig:
                 "max_step_tokens", self.max_step_tokens,
                 f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
             )
+        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
+            raise ConfigError("max_chunk_tokens", self.max_chunk_tokens, "an integer > 0 or None")
         if self.growth_tokens < 0:
             raise ConfigError("growth_tokens", self.growth_tokens, "an integer >= 0")
 
@@ -109,6 +112,7 @@ class Scheduler:
         self.prefix = prefix
         self.slots = Slots(config.max_num_seqs)
         self.counters = SchedulerCounters()
+        self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
         self._live: set[Sequence] = set()
         self._running: dict[Sequence, None] = {}
         self._held: dict[Sequence, list[Sequence]] = {}  # parent -> forks that await its prompt
@@ -212,7 +216,7 @@ class Scheduler:
                 decodes_to_come -= 1
             if sequence.status is not Status.RUNNING:  # gave way earlier in this plan
                 continue
-            count = min(pending, draft.budget - decodes_to_come)
+            count = min(pending, draft.budget - decodes_to_come, self._chunk_limit)
             if count > 0 and self._grow(sequence, count, draft, runnable, index):
                 draft.add(sequence, count, pending)
 
@@ -302,7 +306,8 @@ class Scheduler:
         sequence.num_lost += lost
         self.counters.recomputed_tokens += lost
         sequence.num_dropped = 0
-        draft.add(sequence, min(sequence.pending, draft.budget), sequence.pending)
+        count = min(sequence.pending, draft.budget, self._chunk_limit)
+        draft.add(sequence, count, sequence.pending)
         return True
 
     def _reusable(self, sequence: Sequence) -> tuple[list[PageHandle], PageHandle | None, int]:

@@ -56,11 +56,11 @@ def test_chunked_prefill_and_prefix_hits_change_nothing(tmp_path):
 
 
 def test_preemption_by_recompute_changes_nothing(tmp_path):
-    prompts = [prompt(20, 50 + i) for i in range(6)]
+    work = [(prompt(20, 50 + i), greedy(120)) for i in range(5)]
     with tiny_engine(tmp_path) as roomy:
-        expected = [o.outputs[0].token_ids for o in run_all(roomy, [(p, greedy(40)) for p in prompts])]
-    with tiny_engine(tmp_path, kv_cache_tokens=128) as tight:
-        got = run_all(tight, [(p, greedy(40)) for p in prompts])
+        expected = [o.outputs[0].token_ids for o in run_all(roomy, work)]
+    with tiny_engine(tmp_path, kv_cache_tokens=256) as tight:
+        got = run_all(tight, work)
         stats = tight.stats()
     assert [o.outputs[0].token_ids for o in got] == expected
     assert stats["preemptions"] > 0 and stats["pages"]["in_use"] == 0
@@ -212,7 +212,7 @@ def test_close_ends_what_is_live(tmp_path):
 
 
 def test_nothing_compiles_after_a_full_warm_up(tmp_path):
-    with tiny_engine(tmp_path, warmup="full", max_step_tokens=32, max_num_seqs=4) as engine:
+    with tiny_engine(tmp_path, warmup="full", max_step_tokens=16, max_num_seqs=4) as engine:
         work = [(prompt(3 * i + 1, i), greedy(5)) for i in range(8)]
         work.append((prompt(30, 9), SamplingParams(logprobs=2, prompt_logprobs=1, max_tokens=4)))
         work.append((prompt(30, 9), SamplingParams(presence_penalty=1.0, n=3, max_tokens=4)))
