@@ -7,7 +7,9 @@ beyond the parameters themselves is one buffer of the largest one.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -19,6 +21,7 @@ from aqua_jax.loading.checkpoint import Checkpoint, row_blocks
 from aqua_jax.models.huggingface import ParamSource
 
 Transform = Callable[[str, np.ndarray], "jax.Array | np.ndarray"]
+_OWN_MAPPING = 1 << 20  # bytes from which an array gets its own mapping
 _ALIGNMENT = 64  # bytes: what jax needs to take a NumPy buffer over without a copy
 _TILE = 128  # rows and columns of a transposed tile: 32 KiB of bf16, inside the first-level cache
 # Buffers of old checkpoints that are recomputed, not learned.
@@ -34,11 +37,27 @@ def parameter_dtype(name: str, dtype: np.dtype) -> np.dtype:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised C-contiguous array whose data starts on a 64-byte boundary."""
+    """Uninitialised C-contiguous array that starts on a 64-byte boundary.
+
+    Large ones get a mapping of their own, which goes back to the system when the array goes. From
+    the heap, long-lived parameters between short-lived buffers left 270 of 570 MiB as holes.
+    """
     size = math.prod(shape) * dtype.itemsize
+    if size >= _OWN_MAPPING:
+        mapping = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(mapping, dtype).reshape(shape)
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def trim_heap() -> None:
+    """Gives freed heap memory back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def is_finite(values: np.ndarray) -> bool:
@@ -164,7 +183,13 @@ def finish(name: str, array: np.ndarray, transform: Transform | None) -> jax.Arr
 
 def place(value: jax.Array | np.ndarray) -> jax.Array:
     """`value` as a jax array; on CPU jax takes an aligned NumPy buffer over without a copy."""
-    return value if isinstance(value, jax.Array) else jax.device_put(value)
+    if isinstance(value, jax.Array):
+        return value
+    if value.ctypes.data % _ALIGNMENT or not value.flags.c_contiguous:
+        aligned = aligned_empty(value.shape, value.dtype)
+        np.copyto(aligned, value)
+        value = aligned
+    return jax.device_put(value)
 
 
 def stream(

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,13 @@ def hugging_face_name(name: str) -> str:
     if match and match[2] in _LAYER:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{kind}"
     return name
+
+
+def uniform(value: Any) -> Any:
+    """A metadata value; an array (one entry a layer) of equal numbers is that number."""
+    if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+        return value[0].item()
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +153,8 @@ class GGUFCheckpoint:
             return 0
         key = "head_count" if match[1] == "q" else "head_count_kv"
         attention = f"{self.architecture}.attention"
-        heads = self.header.metadata.get(
-            f"{attention}.{key}", self.header.metadata.get(f"{attention}.head_count")
-        )
+        metadata = self.header.metadata
+        heads = uniform(metadata.get(f"{attention}.{key}", metadata.get(f"{attention}.head_count")))
         if not isinstance(heads, int) or heads <= 0:
             raise ModelLoadError(
                 f"{self.path}: {attention}.{key}: got {heads!r}; allowed: an integer > 0"

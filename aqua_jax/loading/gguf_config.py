@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from aqua_jax.errors import ModelLoadError
-from aqua_jax.loading.gguf import GGUFCheckpoint
+from aqua_jax.loading.gguf import GGUFCheckpoint, uniform
 from aqua_jax.models.config import ModelConfig
 
 _MODEL_CLASS = {
@@ -40,10 +40,8 @@ class _Metadata:
         )
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer; one array of equal numbers (per layer) counts as that number."""
-        value = self._raw(key)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()
+        """A positive integer, or an array of equal ones."""
+        value = uniform(self._raw(key))
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:

@@ -147,6 +147,7 @@ def load(
         words = _tokenizer(found, tokenizer, checkpoint)
         kind = assemble.auto_dtype(source) if dtype == "auto" else _DTYPES[dtype]
         params = dict(assemble.stream(source, table, kind, found.path, transform))
+        assemble.trim_heap()
     finally:
         if source is not None:
             source.close()
