@@ -2,7 +2,7 @@
 
 This is what `model(tokens)` uses, and the oracle for the paged kernels in `aqua_jax.ops`.
 
-Legend: B batch, T queries, U keys (T of them too), K kv heads, G query heads per kv head, D head dim.
+Legend: B batch, T queries, U keys (as many), K kv heads, G query heads of each, D head dim.
 """
 
 from __future__ import annotations

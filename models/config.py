@@ -19,7 +19,7 @@ ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
 MAX_PARAMETERS = 10**13  # weights in all; the largest dense models of this family have 4e11
 
 # Inclusive bounds of integer fields, far above any real model.
-_INTEGER_LIMITS: dict[str, tuple[int, int]] = {
+INTEGER_LIMITS: dict[str, tuple[int, int]] = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**22),
@@ -84,7 +84,7 @@ class RopeScaling:
             "kind", "one of " + ", ".join(ROPE_KINDS),
         )
         check(_is_number(self.factor, 1.0, 1e6), "factor", "a number from 1 to 1e6")
-        low, high = _INTEGER_LIMITS["max_position"]
+        low, high = INTEGER_LIMITS["max_position"]
         check(
             self.original_max_position is None
             or _is_integer(self.original_max_position, low, high),
@@ -131,7 +131,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
-    # Window of each layer in tokens (a query sees itself and the window-1 tokens before); None: all.
+    # Window of each layer in tokens (a query sees itself and window-1 tokens before); None: all.
     layer_windows: tuple[int | None, ...] = ()
     tied_embeddings: bool = False
     qkv_bias: bool = False
@@ -147,7 +147,7 @@ class ModelConfig:
             _require(ok, field, getattr(self, field), allowed)
 
         check(isinstance(self.family, str) and self.family != "", "family", "a name")
-        for field, (low, high) in _INTEGER_LIMITS.items():
+        for field, (low, high) in INTEGER_LIMITS.items():
             check(
                 _is_integer(getattr(self, field), low, high), field,
                 f"an integer from {low} to {high}",

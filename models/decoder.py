@@ -1,7 +1,9 @@
 """The Llama-family decoder: one set of layers, used with and without a cache.
 
     x = embed(tokens)
-    for each layer:  x += o(attend(rope(qkv(norm(x)))));  x += down(silu(gate) * up of norm(x))
+    for each layer:
+        y = norm(x);  x += o(attend(rope(q(y)), rope(k(y)), v(y)))
+        y = norm(x);  x += down(silu(gate(y)) * up(y))
     logits = head(norm(x))
 
 What differs between the family's members is data (`ModelConfig`): biases, norms on q and k, head
@@ -25,7 +27,7 @@ from aqua_jax.models import rope
 from aqua_jax.models.attention import dense_attention
 from aqua_jax.models.config import ModelConfig
 from aqua_jax.models.layers import Embedding, Linear, RMSNorm
-from aqua_jax.ops.activation import swiglu
+from aqua_jax.ops.activation import gated_mlp
 
 
 class Attend(Protocol):
@@ -37,11 +39,14 @@ class Attend(Protocol):
     def __call__(
         self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any
     ) -> tuple[jax.Array, Any]:
-        """q [T, H, D], k and v [T, K, D], all f32, q and k already rotated -> ([T, H, D], cache)."""
+        """q [T, H, D], k and v [T, K, D], f32, q and k already rotated -> ([T, H, D], cache)."""
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: fused q, k, v projection, optional q/k norm, rotary, output."""
+    """Grouped-query attention: fused q, k, v projection, optional q/k norm, rotary, output.
+
+    The layer's norm and residual go into the projections, where they cost no extra pass.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs | None):
         self.config = config
@@ -55,15 +60,16 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        norm: RMSNorm,
         angles: tuple[jax.Array, jax.Array],
         layer: int,
         attend: Attend,
         cache: Any,
         **matmul: Any,
     ) -> tuple[jax.Array, Any]:
-        """x f32 [T, d], angles (cos, sin) of [T, D/2] -> (f32 [T, d], cache)."""
+        """x + attention(norm(x)): x f32 [T, d], angles (cos, sin) [T, D/2] -> ([T, d], cache)."""
         c = self.config
-        qkv = self.qkv(x, **matmul)  # [T, (H+2K)*D]: q heads, then k, then v
+        qkv = self.qkv(x, norm=norm, **matmul)  # [T, (H+2K)*D]: q heads, then k, then v
         q, k, v = (
             part.reshape(x.shape[0], -1, c.head_dim)  # [T, H or K, D]
             for part in jnp.split(qkv, [c.query_size, c.query_size + c.kv_size], axis=-1)
@@ -72,31 +78,32 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
         out, cache = attend(layer, q, k, v, cache)  # [T, H, D]
-        return self.o(out.reshape(x.shape[0], c.query_size), **matmul), cache
+        return self.o(out.reshape(x.shape[0], c.query_size), residual=x, **matmul), cache
 
 
 class MLP(nnx.Module):
     """Gated feed-forward layer, down(silu(gate) * up) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs | None):
-        self.dtype = jnp.dtype(dtype)
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = Linear(d, 2 * f, use_bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(f, d, use_bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, *, rows: jax.Array | None = None, implementation: str | None = None
-    ) -> jax.Array:
-        """x f32 [T, d] -> f32 [T, d]."""
-        gate_up = self.gate_up(x, rows=rows, implementation=implementation)  # [T, 2F]
-        # Written in the down projection's input dtype: bf16 halves what it then has to read.
-        hidden = swiglu(gate_up, rows=rows, dtype=self.dtype, **_swiglu_choice(implementation))
-        return self.down(hidden, rows=rows, implementation=implementation)
-
-
-def _swiglu_choice(implementation: str | None) -> dict[str, str]:
-    """Matmul implementations and elementwise ones are named apart; only "xla" is common."""
-    return {"implementation": "xla"} if implementation == "xla" else {}
+    def __call__(self, x: jax.Array, norm: RMSNorm, **matmul: Any) -> jax.Array:
+        """x + mlp(norm(x)): x f32 [T, d] -> f32 [T, d]."""
+        gate_up, down = self.gate_up, self.down
+        return gated_mlp(
+            x,
+            gate_up.kernel[...],
+            down.kernel[...],
+            features=down.out_features,
+            hidden=down.in_features,
+            gate_up_bias=None if gate_up.bias is None else gate_up.bias[...],
+            down_bias=None if down.bias is None else down.bias[...],
+            norm=norm.operand,
+            residual=x,
+            **matmul,
+        )
 
 
 class Layer(nnx.Module):
@@ -118,9 +125,8 @@ class Layer(nnx.Module):
         **matmul: Any,
     ) -> tuple[jax.Array, Any]:
         """Residual stream in and out: x f32 [T, d] -> (f32 [T, d], cache)."""
-        out, cache = self.attention(self.input_norm(x), angles, layer, attend, cache, **matmul)
-        x = x + out
-        return x + self.mlp(self.post_norm(x), **matmul), cache
+        x, cache = self.attention(x, self.input_norm, angles, layer, attend, cache, **matmul)
+        return self.mlp(x, self.post_norm, **matmul), cache
 
 
 class Decoder(nnx.Module):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from aqua_jax.errors import ConfigError, ModelLoadError
-from aqua_jax.models.config import ModelConfig, RopeScaling
+from aqua_jax.models.config import INTEGER_LIMITS, ModelConfig, RopeScaling
 
 # What each family's config means where it says nothing (the defaults of transformers 5.23).
 # None for num_key_value_heads: as many as query heads. None for head_dim: hidden size / heads.
@@ -144,10 +144,11 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _required(config: Mapping[str, Any], field: str) -> int:
-    """A count the file must give; `ModelConfig` checks its range."""
-    value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(field, value, "an integer >= 1 (required)")
+    """A size the file must give."""
+    ours = {theirs: name for name, theirs in _FILE_NAMES.items()}.get(field, field)
+    value, (low, high) = config.get(field), INTEGER_LIMITS[ours]
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(field, value, f"an integer from {low} to {high} (required)")
     return value
 
 
@@ -187,11 +188,9 @@ def _windows(config: Mapping[str, Any], family: str, window: Any) -> tuple[Any, 
     Mistral: every layer, unless `layer_types` says otherwise (as in Ministral). Qwen: with
     `use_sliding_window`, the layers from `max_window_layers` on, or as `layer_types` says.
     """
-    layers = _required(config, "num_hidden_layers")
-    if layers > 4096:  # ModelConfig refuses it; don't build a list of that length first
-        return ()
     if family == "llama":
         return ()
+    layers = _required(config, "num_hidden_layers")
     if family != "mistral" and not _flag(config, "use_sliding_window"):
         window = None
     types = config.get("layer_types")
@@ -257,7 +256,7 @@ def _factor(fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _original_length(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    """Trained context; a value beside the rope settings wins over one inside, as in transformers."""
+    """Trained context; a value beside the rope settings wins over one inside (transformers)."""
     beside = config.get("original_max_position_embeddings")
     return beside if beside is not None else fields.get("original_max_position_embeddings")
 

@@ -63,14 +63,18 @@ class Linear(nnx.Module):
         self,
         x: jax.Array,
         *,
+        norm: RMSNorm | None = None,
+        residual: jax.Array | None = None,
         rows: jax.Array | None = None,
         implementation: str | None = None,
     ) -> jax.Array:
-        """x [T, in] -> f32 [T, out].
+        """`norm(x) @ kernel + bias + residual`: x [T, in] -> f32 [T, out].
 
         Args:
-          x: any float dtype; rounded to the kernel's.
-          rows: i32 [1], how many leading rows count; None: all. The others may come out as 0.
+          x: any float dtype; rounded to the kernel's, after the norm.
+          norm: applied to x first. Inside the product it costs no pass of its own.
+          residual: f32 [T, out].
+          rows: i32 [1], how many leading rows count; None: all. The others come out as 0.
           implementation: of `ops.linear.linear`; None picks the fastest, "xla" is differentiable.
         """
         return linear_ops.linear(
@@ -79,6 +83,8 @@ class Linear(nnx.Module):
             in_features=self.in_features,
             out_features=self.out_features,
             bias=None if self.bias is None else self.bias[...],
+            norm=None if norm is None else norm.operand,
+            residual=residual,
             rows=rows,
             implementation=implementation,
         )
@@ -97,9 +103,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., features] -> f32, same shape."""
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
+        return linear_ops.rms_norm(x, self.operand)
+
+    @property
+    def operand(self) -> linear_ops.Norm:
+        """(scale, eps), for ops that take a norm in."""
+        return self.scale[...], self.eps
 
 
 class Embedding(nnx.Module):
@@ -125,7 +134,7 @@ class Embedding(nnx.Module):
     @property
     def packed(self) -> bool:
         """Whether the table holds the blocked layout."""
-        return self.embedding[...].ndim != 2
+        return linear_ops.is_packed(self.embedding[...])
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Rows of the table: tokens i32 [T], each in [0, V) -> f32 [T, d]."""
