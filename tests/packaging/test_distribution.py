@@ -1,9 +1,9 @@
 """The wheel and the sdist, built here, hold what they should and work installed elsewhere.
 
-Slow (a C++ build from the unpacked sdist), so marked `packaging`: `make test-packaging`.
-Needs no network: the second environment sees the first one's dependencies through a .pth
-line, and nothing of the editable install (its hooks live in .pth files, which Python reads
-only in an environment's own site-packages).
+Slow (a C++ build from the unpacked sdist, in an isolated environment that pip fills), so marked
+`packaging`: `make test-packaging`. The second environment sees the first one's dependencies
+through a .pth line, and nothing of the editable install (its hooks live in .pth files, which
+Python reads only in an environment's own site-packages).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.packaging
 
-BUILD = "import sys, scikit_build_core.build as b; print(b.build_{kind}(sys.argv[1]))"
 USE = """
 import importlib.util, json
 import aqua_jax, aqua_jax.models
@@ -39,13 +38,14 @@ print(json.dumps({
 
 
 def build(kind: str, source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    """Build a `sdist` or `wheel` of the tree at `source` through the build backend."""
+    """Build a `sdist` or `wheel` of the tree at `source`, as `python -m build` does it."""
     done = subprocess.run(
-        [sys.executable, "-c", BUILD.format(kind=kind), str(out)],
-        cwd=source, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "build", f"--{kind}", "--outdir", str(out), str(source)],
+        capture_output=True, text=True, timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out / done.stdout.strip().splitlines()[-1]
+    (built,) = out.iterdir()
+    return built
 
 
 @pytest.fixture(scope="session")

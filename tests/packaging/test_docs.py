@@ -85,7 +85,7 @@ def test_commands_in_the_documents_have_the_flags_they_show() -> None:
     texts += [read(ROOT / "Makefile"), read(ROOT / "scripts" / "demo.py")]
     used: dict[str, set[str]] = {}
     for text in texts:
-        # `aqua-jax COMMAND ...` in prose and recipes, `("title", "COMMAND ...")` in the demo's list.
+        # `aqua-jax COMMAND ...` in prose and recipes, `("title", "COMMAND ...")` in the demo.
         shown = r"(?:aqua-jax |\", \")(generate|batch|bench)\b([^\n]*)"
         for command, rest in re.findall(shown, text):
             used.setdefault(command, set()).update(re.findall(r"--([a-z_]+)", rest))
