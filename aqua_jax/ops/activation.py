@@ -36,7 +36,7 @@ def swiglu(
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has shape {gate_up.shape}; allowed: [T, 2F]")
     supported = gate_up.dtype == jnp.float32 and dtype in (jnp.bfloat16, jnp.float32)
-    if use_ffi(implementation, supported, "swiglu takes f32 and gives f32 or bf16"):
+    if use_ffi(implementation, "aqua_swiglu", supported, "swiglu takes f32 and gives f32 or bf16"):
         shape = (gate_up.shape[0], gate_up.shape[1] // 2)
         return jax.ffi.ffi_call("aqua_swiglu", jax.ShapeDtypeStruct(shape, dtype))(
             gate_up, optional(rows, jnp.int32)
@@ -85,7 +85,7 @@ def gated_mlp(
     """
     supported = is_packed(gate_up) and is_packed(down) and hidden % PANEL == 0
     why_not = "it needs packed weights and a hidden width that is a multiple of 64"
-    if use_ffi(implementation, supported, why_not):
+    if use_ffi(implementation, "aqua_mlp", supported, why_not):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             x = x.astype(jnp.float32)
         shape = (x.shape[0], features)

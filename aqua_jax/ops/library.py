@@ -24,6 +24,8 @@ _TARGETS = {
     "aqua_copy_pages": "AquaCopyPages",
     "aqua_linear": "AquaLinear",
     "aqua_mlp": "AquaMlp",
+    "aqua_qkv": "AquaQkv",
+    "aqua_swiglu": "AquaSwiglu",
 }
 # Operation -> the target it needs and the name of what runs without it.
 _OPERATIONS = {

@@ -114,11 +114,12 @@ def optional(array: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jnp.zeros((0,), dtype) if array is None else array.astype(dtype)
 
 
-def use_ffi(implementation: str | None, supported: bool, why_not: str) -> bool:
+def use_ffi(implementation: str | None, target: str, supported: bool, why_not: str) -> bool:
     """Whether an op takes its C++ implementation.
 
     Args:
       implementation: what the caller asked for: None (whatever is fastest), "ffi" or "xla".
+      target: the handler's name.
       supported: whether the arguments suit the C++ implementation.
       why_not: what is wrong with them otherwise.
 
@@ -131,7 +132,7 @@ def use_ffi(implementation: str | None, supported: bool, why_not: str) -> bool:
         return False
     on_cpu = jax.default_backend() == "cpu"
     if implementation == "ffi":
-        if not library.available():
+        if not library.available(target):
             raise ValueError(f"implementation 'ffi' can't be used: {library.reason()}")
         if not (supported and on_cpu):
             raise ValueError(
@@ -139,11 +140,11 @@ def use_ffi(implementation: str | None, supported: bool, why_not: str) -> bool:
                 + (why_not if on_cpu else "the default backend is no CPU")
             )
         return True
-    return supported and on_cpu and library.available()
+    return supported and on_cpu and library.available(target)
 
 
 def rms_norm(x: jax.Array, norm: Norm) -> jax.Array:
-    """x [T, k] -> f32 [T, k], each row divided by its root mean square and scaled."""
+    """x [..., k] -> f32 [..., k], each row divided by its root mean square and scaled."""
     scale, eps = norm
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
@@ -232,7 +233,7 @@ def linear(
     count = math.prod(leading)
     flat = x.reshape(count, in_features)
     added = None if residual is None else residual.reshape(count, out_features)
-    if not use_ffi(implementation, is_packed(w), "the weights are not packed"):
+    if not use_ffi(implementation, "aqua_linear", is_packed(w), "the weights are not packed"):
         out = _xla(flat, w, in_features, out_features, bias, norm, added, rows)
         return out.reshape(*leading, out_features)
     if flat.dtype not in (jnp.bfloat16, jnp.float32):

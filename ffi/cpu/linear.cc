@@ -6,46 +6,10 @@
 #include <cstring>
 
 #include "../common/thread_pool.h"
-#include "xla/ffi/api/ffi.h"
+#include "linear_operands.h"
 
 namespace aqua::linear {
 namespace {
-
-namespace ffi = xla::ffi;
-using F32 = ffi::Buffer<ffi::F32>;
-using I32 = ffi::Buffer<ffi::S32>;
-
-const float* data_or_null(const F32& buffer) {
-  return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
-}
-
-// Number of leading rows that count: all of them when the operand is absent.
-int64_t valid_rows(const I32& rows, int64_t all_rows) {
-  if (rows.element_count() == 0) return all_rows;
-  return std::clamp<int64_t>(rows.typed_data()[0], 0, all_rows);
-}
-
-ffi::ErrorOr<Element> element_of(const ffi::AnyBuffer& buffer) {
-  if (buffer.element_type() == ffi::BF16) return Element::kBf16;
-  if (buffer.element_type() == ffi::F32) return Element::kF32;
-  return ffi::Unexpected(ffi::Error::InvalidArgument("linear: operands must be bf16 or f32"));
-}
-
-// Checks a packed array [panels][steps][16][64](2 for bf16) against k and n.
-ffi::ErrorOr<Weights> weights_of(const ffi::AnyBuffer& buffer, int64_t k, int64_t n) {
-  const auto element = element_of(buffer);
-  if (element.has_error()) return ffi::Unexpected(element.error());
-  const auto dims = buffer.dimensions();
-  const int64_t rank = *element == Element::kBf16 ? 5 : 4, per_step = k_per_step(*element);
-  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
-  const int64_t steps = (k + per_step - 1) / per_step;
-  if (static_cast<int64_t>(dims.size()) != rank || dims[0] != panels || dims[1] != steps ||
-      dims[2] != 16 || dims[3] != kPanelColumns || (rank == 5 && dims[4] != 2)) {
-    return ffi::Unexpected(
-        ffi::Error::InvalidArgument("linear: the weights' packed shape doesn't fit x and out"));
-  }
-  return Weights{static_cast<const char*>(buffer.untyped_data()), *element, panels, steps};
-}
 
 // x [T, k], norm scale [k], bias [n], residual [T, n], rows [1] -> out [T, n].
 ffi::Error linear(ffi::AnyBuffer x, ffi::AnyBuffer w, F32 bias, F32 norm_scale, F32 residual,
@@ -76,9 +40,9 @@ const char* gated_hidden(const char* packed, int64_t rows, const Weights& gate_u
   const int64_t panels = gate_up.panels / 2, hidden = panels * kPanelColumns;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   char* to = thread_scratch(Slot::kHidden, tiles * down.steps * kTileBytes);
-  const int64_t block = tiles_per_task(rows, panels) * kTileRows;
+  const int64_t block = rows_per_task(rows, panels, 2);
   const int64_t blocks = (rows + block - 1) / block;
-  const int64_t per_step = k_per_step(down.element), panel_bytes = gate_up.steps * kStepBytes;
+  const int64_t panel_bytes = gate_up.steps * kStepBytes;
   parallel_for(panels * blocks, [&](int64_t task, int) {
     const int64_t panel = task / blocks, row = task % blocks * block;
     const int64_t count = std::min(block, rows - row), size = block * kPanelColumns;
@@ -96,18 +60,16 @@ const char* gated_hidden(const char* packed, int64_t rows, const Weights& gate_u
       }
     }
     set.rows->swiglu(gate, up, gate, count * kPanelColumns);
+    const char* from = reinterpret_cast<const char*>(gate);
+    if (down.element == Element::kBf16) {
+      set.rows->to_bf16(gate, reinterpret_cast<uint16_t*>(up), count * kPanelColumns);
+      from = reinterpret_cast<const char*>(up);
+    }
+    const int64_t lines = kPanelColumns / k_per_step(down.element);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t tile = (row + r) / kTileRows, in_tile = (row + r) % kTileRows;
-      for (int64_t column = 0; column < kPanelColumns; column += per_step) {
-        const int64_t step = (panel * kPanelColumns + column) / per_step;
-        char* line = to + (tile * down.steps + step) * kTileBytes + in_tile * 64;
-        const float* from = gate + r * kPanelColumns + column;
-        if (down.element == Element::kBf16) {
-          set.rows->to_bf16(from, reinterpret_cast<uint16_t*>(line), per_step);
-        } else {
-          std::memcpy(line, from, 64);
-        }
-      }
+      char* line = to + (tile * down.steps + panel * lines) * kTileBytes + in_tile * 64;
+      for (int64_t i = 0; i < lines; ++i, from += 64) std::memcpy(line + i * kTileBytes, from, 64);
     }
   });
   return to;

@@ -39,12 +39,17 @@ char* thread_scratch(Slot slot, int64_t bytes);
 // Writes x in A tiles of the weights' element type; the result lives in the caller's `slot`.
 const char* pack_rows(const Input& x, Element element, int64_t steps, Slot slot);
 
-// Number of row tiles that one task takes, for enough tasks to balance the threads.
-int64_t tiles_per_task(int64_t rows, int64_t panels);
+// Rows that one task takes: enough tasks to balance the threads, and sums of `group` panels that
+// stay in L2. A multiple of 16.
+int64_t rows_per_task(int64_t rows, int64_t tasks_per_block, int64_t group);
 
-// Calls store(panel, first row, rows, sums [rows][64]) for every block of rows x panels.
-using Store = std::function<void(int64_t panel, int64_t row, int64_t rows, const float* sums)>;
-void multiply(const char* packed, int64_t rows, const Weights& weights, const Store& store);
+// Calls store(first panel, panels, first row, rows, sums, stride) for every block of rows x `group`
+// panels (the last may have fewer); panel i of the block has its sums [rows][64] at
+// sums + i * stride.
+using Store = std::function<void(int64_t panel, int64_t panels, int64_t row, int64_t rows,
+                                 const float* sums, int64_t stride)>;
+void multiply(const char* packed, int64_t rows, const Weights& weights, int64_t group,
+              const Store& store);
 
 // out[rows][n] = packed * weights (+ bias[n]) (+ residual[rows][n]); rows from `rows` up to
 // `all_rows` become 0. bias and residual may be null.

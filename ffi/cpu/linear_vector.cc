@@ -17,7 +17,9 @@ namespace generic {
 #define AQUA_LANES 4
 #define AQUA_ROWS 4
 #define AQUA_VECTORS 2
+#define AQUA_FMA(a, b, c) ((a) * (b) + (c))
 #include "linear_vector.inc"
+#undef AQUA_FMA
 #undef AQUA_TARGET
 #undef AQUA_LANES
 #undef AQUA_ROWS
@@ -31,7 +33,9 @@ namespace avx2 {
 #define AQUA_LANES 8
 #define AQUA_ROWS 6
 #define AQUA_VECTORS 2
+#define AQUA_FMA(a, b, c) ((Floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #include "linear_vector.inc"
+#undef AQUA_FMA
 #undef AQUA_TARGET
 #undef AQUA_LANES
 #undef AQUA_ROWS
@@ -44,7 +48,9 @@ namespace avx512 {
 #define AQUA_LANES 16
 #define AQUA_ROWS 6
 #define AQUA_VECTORS 4
+#define AQUA_FMA(a, b, c) ((Floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #include "linear_vector.inc"
+#undef AQUA_FMA
 #undef AQUA_TARGET
 #undef AQUA_LANES
 #undef AQUA_ROWS

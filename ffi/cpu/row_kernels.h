@@ -14,6 +14,8 @@ struct RowKernels {
   void (*rms_norm)(const float* x, const float* scale, float eps, float* to, int64_t count);
   // to[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
   void (*swiglu)(const float* gate, const float* up, float* to, int64_t count);
+  // Rotary embedding of one head of 2 * half elements: pair i is (head[i], head[half + i]).
+  void (*rotate)(const float* head, const float* cos, const float* sin, float* to, int64_t half);
 };
 
 // Those that go with linear::kernels().
