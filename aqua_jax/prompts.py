@@ -17,11 +17,15 @@ MESSAGE_FORM = '{"role": ..., "content": text}'
 class ChatTokenizer(Protocol):
     """The part of a tokenizer that rendering a conversation needs."""
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        ...
 
     def apply_chat_template(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str: ...
+    ) -> str:
+        """Prompt text of a conversation."""
+        ...
 
 
 def is_token(value: Any) -> bool:

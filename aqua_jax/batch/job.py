@@ -1,4 +1,4 @@
-"""Runs a JSONL job: reads requests, keeps a bounded number of them in the engine, writes results."""
+"""Runs a JSONL job: a bounded number of its requests in the engine, results to the journal."""
 
 from __future__ import annotations
 
@@ -37,11 +37,15 @@ class EngineLike(Protocol):
 
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, *, user: str = ""
-    ) -> None: ...
+    ) -> None:
+        """Accepts a request or raises RequestError."""
 
-    def step(self) -> list[RequestOutput]: ...
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; returns the requests that changed, cumulative."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends everything."""
 
 
 @dataclasses.dataclass

@@ -66,24 +66,33 @@ def _no_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
-def parse_object(line: Line) -> dict[str, Any]:
-    """The JSON object in a line.
+def parse_json(line: Line) -> Any:
+    """The JSON value in a line.
 
     Raises:
-      RequestError: field "line"; too long, empty, not UTF-8, not JSON, or not an object.
+      RequestError: field "line"; too long, empty, not UTF-8 or not JSON.
     """
     if line.data is None:
         raise RequestError("line", f"{line.size} bytes", f"at most {MAX_LINE_BYTES} bytes")
     if not line.data.strip():
         raise RequestError("line", "", "a JSON object; this line is empty")
     try:
-        value = _DECODER.decode(line.data.decode("utf-8").strip())
+        return _DECODER.decode(line.data.decode("utf-8").strip())
     except UnicodeDecodeError as error:
         raise RequestError("line", _excerpt(line.data), f"UTF-8 text ({error.reason})") from None
     except RecursionError:
         raise RequestError("line", _excerpt(line.data), "JSON nested less deeply") from None
     except ValueError as error:
         raise RequestError("line", _excerpt(line.data), f"a JSON object ({error})") from None
+
+
+def parse_object(line: Line) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+      RequestError: field "line"; no JSON (see `parse_json`), or not an object.
+    """
+    value = parse_json(line)
     if not isinstance(value, dict):
         raise RequestError("line", value, "a JSON object")
     return value

@@ -103,9 +103,10 @@ def parse_own(
     if given[0] == "messages":
         messages = check_messages(record["messages"])
     elif given[0] == "prompt_token_ids":
-        if not isinstance(record["prompt_token_ids"], list):
-            raise RequestError("prompt_token_ids", record["prompt_token_ids"], "a list of token ids")
-        prompt = check_prompt(record["prompt_token_ids"], "prompt_token_ids")
+        ids = record["prompt_token_ids"]
+        if not isinstance(ids, list):
+            raise RequestError("prompt_token_ids", ids, "a list of token ids")
+        prompt = check_prompt(ids, "prompt_token_ids")
     else:
         if not isinstance(record["prompt"], str):
             raise RequestError("prompt", record["prompt"], "text")

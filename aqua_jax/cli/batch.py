@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 def define(flags: FlagSet) -> None:
     """Defines the command's flags."""
+    common.define_model_flags(flags)
     with flags.group("Job"):
         flags.string("input", None, "JSONL file of requests. Required.", "FILE")
         flags.string(
@@ -41,6 +42,7 @@ class StopSignal:
         self.number = 0
 
     def __call__(self) -> bool:
+        """Whether one has come."""
         return self.number != 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:

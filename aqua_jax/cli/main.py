@@ -48,8 +48,9 @@ COMMANDS = (
     Command(
         "batch", "aqua_jax.cli.batch", "run a file of requests that survives interruption",
         "Runs a JSONL file of requests and appends each result to the output as it finishes. "
-        "Interrupted or killed, the same command finishes the job. Lines are {\"id\", \"prompt\" or "
-        "\"messages\", sampling fields} or OpenAI Batch requests (custom_id, method, url, body).",
+        "Interrupted or killed, the same command finishes the job. Lines are "
+        '{"id", "prompt" or "messages", sampling fields} or OpenAI Batch requests '
+        "(custom_id, method, url, body).",
         (
             "aqua-jax batch --model=demo --input=in.jsonl --output=out.jsonl",
             "aqua-jax batch --model=DIR --input=in.jsonl --output=out.jsonl --max_new_tokens=64",
@@ -169,7 +170,7 @@ def _run(module: object, flags: FlagSet) -> int:
     )
     logging.getLogger("aqua_jax").setLevel(logging.INFO)
     try:
-        return module.run(flags)  # type: ignore[attr-defined, no-any-return]
+        return module.run(flags)  # type: ignore[attr-defined]
     except AquaError as error:
         print(f"aqua-jax: {error}", file=sys.stderr)
         return FAILED

@@ -1,4 +1,4 @@
-"""Flag values from text: numbers with bounds, sizes, choices, switches. Errors say what is allowed."""
+"""Flag values from text: numbers, sizes, choices, switches. Errors say what is allowed."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Tokens to text as they come: whole characters only, ended by stop strings wherever tokens split.
 
-Three layers. A *decoder* (token_text.py) turns token ids into settled text: text that no later token can change.
-A *matcher* per stop string (Knuth, Morris and Pratt's automaton) sees that text character by
-character, so the answer doesn't depend on how the text was cut into tokens. `Detokenizer` joins
-them and holds back what may yet turn out to be the beginning of a stop string. Work per token is
-constant, amortised; the text of all deltas together equals `tokenizer.decode(all tokens)`.
+Three layers. A *decoder* (token_text.py) turns token ids into settled text: text that no later
+token can change. A *matcher* per stop string (Knuth, Morris and Pratt's automaton) sees that text
+character by character, so the answer doesn't depend on how the text was cut into tokens.
+`Detokenizer` joins them and holds back what may yet turn out to be the beginning of a stop string.
+Work per token is constant, amortised; the text of all deltas together equals
+`tokenizer.decode(all tokens)`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from aqua_jax.config import SamplingParams
 from aqua_jax.engine.token_text import make_decoder
+
 
 @functools.lru_cache(maxsize=4096)
 def _failures(pattern: str) -> tuple[int, ...]:

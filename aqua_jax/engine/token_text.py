@@ -185,7 +185,7 @@ def make_decoder(tokenizer: Any, skip_special: bool) -> TextDecoder:
 
 @functools.lru_cache(maxsize=16)
 def _bytes_known(tokenizer_ref: weakref.ref[Any]) -> bool:
-    tokenizer = tokenizer_ref()
+    tokenizer: Any = tokenizer_ref()
     for token in range(_PROBED_IDS):
         if tokenizer.token_text(token) and not tokenizer.is_special(token):
             return tokenizer.token_bytes(token) is not None

@@ -41,7 +41,7 @@ def sentencepiece(strip: bool = True) -> FastTokenizer:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)
-    for piece in ["▁", "▁▁", "▁The", "▁fox", "s", "é", "你", "好", "▁你", "🙂", ".", "▁don", "'", "t"]:
+    for piece in "▁ ▁▁ ▁The ▁fox s é 你 好 ▁你 🙂 . ▁don ' t".split():
         vocab[piece] = len(vocab)
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

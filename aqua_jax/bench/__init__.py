@@ -1,0 +1,1 @@
+"""Workloads and latency metrics: how fast a model is on this machine."""
