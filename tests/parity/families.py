@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 48,
     "intermediate_size": 88,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -59,7 +59,7 @@ def _table() -> dict[str, Callable[[], PretrainedConfig]]:
     plain: dict[str, tuple[str, dict[str, Any]]] = {
         "llama": ("llama", {}),
         "llama_mha": ("llama", {"num_key_value_heads": 6}),
-        "llama_mqa": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 2}),
+        "llama_mqa": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 4}),
         "llama_tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
         "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
         "llama_wide_heads": ("llama", {"head_dim": 20, "num_attention_heads": 3,
@@ -70,7 +70,7 @@ def _table() -> dict[str, Callable[[], PretrainedConfig]]:
         "mistral_full": ("mistral", {"sliding_window": None, "head_dim": 10}),
         "mistral_window_one": ("mistral", {"sliding_window": 1, "num_key_value_heads": 6}),
         "ministral_mixed": ("ministral", {
-            "sliding_window": 9, "head_dim": 12,
+            "sliding_window": 9, "head_dim": 12, "num_hidden_layers": 3,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
         "qwen2": ("qwen2", {"num_key_value_heads": 3}),
         "qwen2_tied_window": ("qwen2", {
@@ -83,6 +83,7 @@ def _table() -> dict[str, Callable[[], PretrainedConfig]]:
                                       "attention_bias": True, "num_key_value_heads": 6}),
         "qwen3_layer_types": ("qwen3", {
             "head_dim": 14, "use_sliding_window": True, "sliding_window": 13,
+            "num_hidden_layers": 3,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
     }  # fmt: skip
     scaled: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -1,8 +1,6 @@
-"""The dense decoder against transformers, f32 on the CPU: logits of prompts and of continuations."""
+"""The dense decoder against transformers in f32: logits of prompts and of continuations."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +38,8 @@ def _assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours - theirs).max() < TOLERANCE * np.abs(theirs).max()
 
 
-@functools.partial(nnx.jit, static_argnames="prompt_len")
-def _one_pass(model: Decoder, tokens: jax.Array, prompt_len: int) -> jax.Array:
+@nnx.jit
+def _one_pass(model: Decoder, tokens: jax.Array, prompt_len: jax.Array | int) -> jax.Array:
     """Logits [T, V] of one sequence of which the first `prompt_len` tokens were its prompt."""
     config: ModelConfig = model.config
 

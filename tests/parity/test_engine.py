@@ -35,10 +35,13 @@ def save_model(hf_model, folder):
 def reference(hf_model, prompt):
     """Greedy tokens, and the logits of every position of prompt + tokens: f32[n, V]."""
     ids = torch.tensor([prompt])
+    # transformers' cache keeps the last window - 1 tokens as `[-window + 1:]`: with a window of 1
+    # that is all of them, so its own cached and uncached answers differ.
+    use_cache = getattr(hf_model.config, "sliding_window", None) != 1
     with torch.no_grad():
         full = hf_model.generate(
             ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
-            use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+            use_cache=use_cache, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
         )
         prompt_logits = hf_model(ids).logits[0]
     new = full.sequences[0, len(prompt):].tolist()
