@@ -7,6 +7,7 @@
 
 #include "../common/thread_pool.h"
 #include "linear_operands.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace aqua::linear {
 namespace {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "linear_operands.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace aqua::linear {
 namespace {
