@@ -36,7 +36,7 @@ class PoolMachine(RuleBasedStateMachine):
         evicted, self.cached = self.cached[:evictions], self.cached[evictions:]
         for handle in evicted:
             del self.digests[handle]
-        assert len(set(page.id for page in pages)) == count
+        assert len({page.id for page in pages}) == count
         in_use = {handle.id for handle in [*self.references, *self.cached]}
         assert not in_use & {page.id for page in pages}
         self.references.update((page, 1) for page in pages)

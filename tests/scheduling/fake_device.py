@@ -97,6 +97,7 @@ class FakeDevice:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             assert sequence.status is Status.RUNNING
+            assert sequence.total_len <= sequence.max_total_tokens, "past the length stop"
             assert slots.current(sequence.slot, sequence.epoch)
             assert len(sequence.pages) >= pool.pages_for(chunk.start + chunk.count)
             for index, page in enumerate(sequence.pages):
@@ -144,6 +145,11 @@ class FakeDevice:
                 self._last_tokens[slot] = token
                 sampled.append((sequence, token))
         return sampled
+
+    def lose_everything(self) -> None:
+        """A step fails: what is in flight and what the pool held are gone."""
+        self._queue.clear()
+        self._kv.clear()
 
     def _at(self, table: list[PageHandle], position: int) -> int:
         return self._kv[table[position // self._size].id, position % self._size]

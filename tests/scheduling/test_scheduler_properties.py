@@ -29,6 +29,7 @@ class Case:
     max_num_seqs: int
     max_step_tokens: int
     growth_tokens: int
+    max_chunk_tokens: int | None
     prefix_caching: bool
     run_ahead: int
     num_requests: int
@@ -47,6 +48,7 @@ def cases(draw: st.DrawFn) -> Case:
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_num_seqs + draw(st.integers(0, 12)),
         growth_tokens=draw(st.sampled_from([0, 0, 0, 3, 100])),
+        max_chunk_tokens=draw(st.sampled_from([None, None, 1, 3])),
         prefix_caching=draw(st.booleans()),
         run_ahead=draw(st.integers(0, 2)),
         num_requests=draw(st.sampled_from([1, 3, 8, 16])),
@@ -66,7 +68,8 @@ class Run:
         self.policy = FirstComeFirstServed()
         self.scheduler = Scheduler(
             SchedulerConfig(
-                case.max_num_seqs, case.max_step_tokens, 1000, growth_tokens=case.growth_tokens
+                case.max_num_seqs, case.max_step_tokens, 1000, case.max_chunk_tokens,
+                case.growth_tokens,
             ),
             self.policy, self.pool, PrefixCache(self.pool) if case.prefix_caching else None,
         )
