@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from aqua_jax.errors import RequestError
 
-Prompt = Any  # str | list[int] | {"prompt": str} | {"prompt_token_ids": list[int]}
+Prompt = Any  # str | list[int] | {"prompt": str} | {"prompt_token_ids": list[int]} | both
 Message = Mapping[str, Any]  # {"role": str, "content": str | list of {"type": "text", ...}}
 
 PROMPT_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
@@ -51,16 +51,19 @@ def check_text(field: str, text: str) -> str:
 def check_prompt(prompt: Prompt, field: str = "prompt") -> str | list[int]:
     """Reduces any form of a prompt to its text or its token ids.
 
+    With both in a dictionary the ids count; `prompt_text` finds the text they were made from.
+
     Raises:
       RequestError: wrong type, unknown key, empty, or not token ids.
     """
     if isinstance(prompt, Mapping):
-        keys = set(prompt) & {"prompt", "prompt_token_ids"}
-        unknown = sorted(str(key) for key in set(prompt) - keys)
-        if unknown or len(keys) != 1:
-            given = unknown[0] if unknown else sorted(prompt)
-            raise RequestError(field, given, 'one key, "prompt" or "prompt_token_ids"')
-        key = keys.pop()
+        unknown = sorted(str(key) for key in set(prompt) - {"prompt", "prompt_token_ids"})
+        if unknown or not prompt:
+            raise RequestError(
+                field, unknown[0] if unknown else {}, 'the keys "prompt", "prompt_token_ids"'
+            )
+        prompt_text(prompt)
+        key = "prompt_token_ids" if "prompt_token_ids" in prompt else "prompt"
         value = prompt[key]
         wanted: tuple[type, ...] = (str,) if key == "prompt" else (list, tuple)
         if not isinstance(value, wanted):
@@ -80,6 +83,18 @@ def check_prompt(prompt: Prompt, field: str = "prompt") -> str | list[int]:
                 raise RequestError(f"{field}[{position}]", token, "token ids, integers >= 0")
         return ids
     raise RequestError(field, prompt, PROMPT_FORMS)
+
+
+def prompt_text(prompt: Prompt) -> str | None:
+    """The text that comes with a prompt, or None.
+
+    Raises:
+      RequestError: a dictionary's "prompt" is no text.
+    """
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    if isinstance(prompt, Mapping) and "prompt" in prompt and not isinstance(text, str):
+        raise RequestError("prompt", text, "text")
+    return text if isinstance(text, str) else None
 
 
 def _content(field: str, content: Any) -> str:

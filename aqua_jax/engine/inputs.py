@@ -27,7 +27,7 @@ def tokenize_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, 
     """
     checked = prompts.check_prompt(prompt)
     if isinstance(checked, list):
-        return None, checked
+        return prompts.prompt_text(prompt), checked
     if tokenizer is None:
         raise RequestError("prompt", checked, "token ids: this model came without a tokenizer")
     return checked, tokenizer.encode(checked)
