@@ -1,9 +1,9 @@
 """Chat templates: Jinja in a sandbox, with the helpers that transformers gives them.
 
 A template comes with a checkpoint and is untrusted code: it runs in Jinja's immutable sandbox, and
-the messages it sees are rebuilt from plain JSON types. Environment (trim_blocks, lstrip_blocks,
-tojson without HTML escapes, raise_exception, strftime_now, the `generation` tag) as in transformers'
-`utils/chat_template_utils.py`, so that both render the same text.
+the messages it sees are rebuilt from plain JSON types. The environment (trim_blocks, lstrip_blocks,
+tojson without HTML escapes, raise_exception, strftime_now, the `generation` tag) is that of
+transformers' `utils/chat_template_utils.py`, so that both render the same text.
 """
 
 from __future__ import annotations

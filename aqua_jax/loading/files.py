@@ -1,4 +1,4 @@
-"""Reading files that may be broken or hostile: bounded, typed errors, no symlink or FIFO surprises."""
+"""Reading files that may be broken or hostile: bounded, with typed errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_bytes(path: str, limit: int) -> bytes:
     fd, size = open_regular(path)
     try:
         if size > limit:
-            raise ModelLoadError(f"{path}: {size} bytes; at most {limit} are expected in such a file")
+            raise ModelLoadError(f"{path}: {size} bytes; such a file has at most {limit}")
         content = np.empty(size, np.uint8)
         read_into(fd, path, 0, content)
     finally:

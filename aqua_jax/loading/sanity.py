@@ -48,7 +48,7 @@ def check_layers(config: ModelConfig, tensors: int, path: str) -> None:
     """
     if config.num_layers > tensors:
         raise ModelLoadError(
-            f"{path}: {config.num_layers} layers in the configuration, {tensors} tensors in the file"
+            f"{path}: the configuration has {config.num_layers} layers, the file {tensors} tensors"
         )
 
 

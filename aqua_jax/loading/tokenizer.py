@@ -188,7 +188,7 @@ class FastTokenizer:
             raise RequestError("prompt", text, "text")
         try:
             return self.backend.encode(text, add_special_tokens=add_special).ids
-        except UnicodeEncodeError as error:
+        except (TypeError, UnicodeEncodeError) as error:  # the binding's words for a bad string
             raise RequestError("prompt", text, "text without lone surrogates") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

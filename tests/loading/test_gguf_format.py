@@ -29,7 +29,9 @@ def header(
     return magic + struct.pack("<IQQ", version, tensors, keys) + body
 
 
-def tensor(name: bytes = b"t", dims: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+def tensor(
+    name: bytes = b"t", dims: tuple[int, ...] = (4,), kind: int = 0, offset: int = 0
+) -> bytes:
     sizes = struct.pack(f"<{len(dims)}Q", *dims)
     return string(name) + struct.pack("<I", len(dims)) + sizes + struct.pack("<IQ", kind, offset)
 

@@ -1,4 +1,4 @@
-"""Peak memory of loading: the model, its largest tensor and 500 MiB, measured in a fresh process."""
+"""Peak memory of loading: model, largest tensor and 500 MiB, measured in a fresh process."""
 
 from __future__ import annotations
 

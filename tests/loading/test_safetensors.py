@@ -68,7 +68,7 @@ def test_a_single_file_of_any_name(tmp_path: pathlib.Path) -> None:
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "weights.safetensors")
     assert SafetensorsCheckpoint(str(tmp_path)).names() == ["a"]
     safetensors.numpy.save_file({"a": np.ones(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelLoadError, match="2 .safetensors files"):
+    with pytest.raises(ModelLoadError, match=r"2 \.safetensors files"):
         SafetensorsCheckpoint(str(tmp_path))
 
 

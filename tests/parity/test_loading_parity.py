@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from aqua_jax.loading import load, load_tokenizer
 from aqua_jax.loading.gguf_config import llama3_factors
 from aqua_jax.loading.resolve import demo_path
 from aqua_jax.models.huggingface import hf_tensor_map
 from tests.loading.vocabularies import TEXTS, byte_level, with_bos
-from tests.parity.families import FAMILIES
+from tests.parity.families import FAMILIES, hf_config_dict, make_hf_model
 
 MORE_TEXTS = [
     "What is the capital of France?", "3.14159265 and 1,000,000", "ALL CAPS and camelCase",
@@ -33,9 +34,8 @@ CHATS: list[list[dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def compare(params: dict[str, Any], model: torch.nn.Module, config: Any) -> None:
+def compare(params: dict[str, Any], theirs: dict[str, torch.Tensor], config: Any) -> None:
     """Every parameter equals what transformers holds, rounded to the parameter's dtype."""
-    theirs = {name: value.detach() for name, value in model.state_dict().items()}
     for name, source in hf_tensor_map(config).items():
         joined = source.join([theirs[part].float().numpy() for part in source.names])
         found = np.asarray(params[name])
@@ -44,22 +44,21 @@ def compare(params: dict[str, Any], model: torch.nn.Module, config: Any) -> None
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_saved_models_load_equal(tmp_path: pathlib.Path, family: str) -> None:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    model = make_hf_model(family)
     model.save_pretrained(tmp_path)
-    loaded = load(str(tmp_path), dtype="float32")
-    compare(loaded.params, model, loaded.config)
+    kind = hf_config_dict(model)["model_type"]
+    loaded = load(str(tmp_path), dtype="float32", config_overrides={"model_type": kind})
+    compare(loaded.params, model.state_dict(), loaded.config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_shards_and_dtypes(tmp_path: pathlib.Path, dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama_biases"]()).to(dtype)
+    model = make_hf_model("llama_biases").to(dtype)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded = load(str(tmp_path))
     assert loaded.dtype == ("float32" if dtype == torch.float32 else "bfloat16")
-    compare(loaded.params, model, loaded.config)
+    compare(loaded.params, model.state_dict(), loaded.config)
 
 
 def test_saved_tokenizers_load_equal(tmp_path: pathlib.Path) -> None:
@@ -117,15 +116,17 @@ def demo_arguments() -> dict[str, str]:
 
 
 def test_demo_weights(demo_arguments: dict[str, str]) -> None:
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        **demo_arguments, dtype=torch.float32
-    )
+    # What from_pretrained does, less the accelerate package it wants and the model it builds.
+    config = transformers.AutoConfig.from_pretrained(**demo_arguments)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    theirs = load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)
     loaded = load("demo", dtype="float32")
-    compare(loaded.params, theirs, loaded.config)
+    compare(loaded.params, theirs["tensors"], loaded.config)
     assert loaded.config.tied_embeddings and loaded.eos_token_ids == (2,)
-    assert loaded.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
-    assert loaded.config.max_position == theirs.config.max_position_embeddings
-    assert np.isclose(loaded.config.rms_norm_eps, theirs.config.rms_norm_eps)
+    assert loaded.config.rope_theta == config.rope_parameters["rope_theta"]
+    assert loaded.config.max_position == config.max_position_embeddings
+    assert np.isclose(loaded.config.rms_norm_eps, config.rms_norm_eps)
 
 
 def test_demo_tokenizer(demo_arguments: dict[str, str]) -> None:
