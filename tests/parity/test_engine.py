@@ -39,11 +39,12 @@ def reference(hf_model, prompt):
     # that is all of them, so its own cached and uncached answers differ.
     use_cache = getattr(hf_model.config, "sliding_window", None) != 1
     with torch.no_grad():
+        # First: dynamic scaling keeps the longest length it has seen, generation's included.
+        prompt_logits = hf_model(ids).logits[0]
         full = hf_model.generate(
             ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
             use_cache=use_cache, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
         )
-        prompt_logits = hf_model(ids).logits[0]
     new = full.sequences[0, len(prompt):].tolist()
     logits = torch.cat([prompt_logits[:-1], *full.logits])
     return new, logits.numpy()
