@@ -48,6 +48,26 @@ class EngineLike(Protocol):
         """Ends everything."""
 
 
+def _failed(output: RequestOutput) -> bool:
+    return any(sample.finish_reason in ("error", "abort") for sample in output.outputs)
+
+
+def _steps(engine: EngineLike) -> list[RequestOutput]:
+    """The outputs of a step; of a further one while requests fail.
+
+    An engine that dies ends its requests with errors first. They are to be left to the next run, so
+    a failure is believed only once another step shows that the engine lives.
+
+    Raises:
+      EngineDeadError: it doesn't.
+    """
+    outputs = latest = engine.step()
+    while any(_failed(output) for output in latest):
+        latest = engine.step()
+        outputs = outputs + latest
+    return outputs
+
+
 @dataclasses.dataclass
 class JobResult:
     """How a job ended.
@@ -133,7 +153,7 @@ class Job:
                     break
                 more = more and self._fill(requests)
                 if self._live and self._engine is not None:
-                    for output in self._engine.step():
+                    for output in _steps(self._engine):
                         self._take(output)
             self._journal.flush()
         finally:
@@ -243,7 +263,7 @@ class Job:
             return
         request = self._live.pop(name)
         del self._tokens[name]
-        failed = any(sample.finish_reason in ("error", "abort") for sample in output.outputs)
+        failed = _failed(output)
         if failed:
             reason = output.error or "the engine ended the request"
             self._journal.append(failure_record(request, reason))

@@ -1,0 +1,173 @@
+"""The command line: help for newcomers, short errors, right exit status. No model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from aqua_jax.cli import flags as common
+from aqua_jax.cli import main as cli
+from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.parsers import format_size, parse_size
+from aqua_jax.config import EngineConfig, SamplingParams
+from tests.cli.text_model import run_command
+
+
+def call(capsys, *arguments):
+    """(status, stdout, stderr) of a command run in this process."""
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_overview_names_commands_and_shows_two_examples(capsys, arguments):
+    status, out, err = call(capsys, *arguments)
+    assert status == 0 and err == ""
+    for command in ("generate", "batch", "bench"):
+        assert f"\n  {command}" in out
+    assert out.count("\n  aqua-jax ") == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "batch", "bench"])
+def test_command_help_has_its_own_flags_and_nobody_elses(capsys, command):
+    status, out, _ = call(capsys, command, "--model=x", "--help")
+    assert status == 0
+    assert call(capsys, "help", command)[1] == out
+    own = {"generate": "--prompts_file", "batch": "--output=", "bench": "--workload"}
+    for name, flag in own.items():
+        assert (flag in out) == (name == command)
+    for field in dataclasses.fields(EngineConfig):
+        assert f"--{field.name}=" in out or f"--[no]{field.name}" in out
+    assert "256MiB" in out and "auto|bfloat16|float32" in out
+    for foreign in ("--alsologtostderr", "--logger_levels", "--pdb", "--undefok"):
+        assert foreign not in out
+    assert max(len(line) for line in out.splitlines()) <= 100
+
+
+def test_help_is_quick_and_imports_no_jax():
+    code = (
+        "import sys; from aqua_jax.cli.main import main; main(['generate', '--help']);"
+        "bad = {'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("gnerate",), ["unknown command 'gnerate'", "Did you mean generate?"]),
+        (("--model=x",), ["the command comes first", "--model=x"]),
+        (("generate", "--modle=x"), ["unknown flag --modle", "Did you mean --model?"]),
+        (("generate", "--nopreffix_caching"), ["Did you mean --noprefix_caching?"]),
+        (("generate", "word"), ["unexpected argument 'word'"]),
+        (("generate",), ["--model is required"]),
+        (("generate", "--model"), ["Missing value for flag --model"]),
+        (("generate", "--model=x"), ["--prompt=TEXT", "--prompts_file=FILE"]),
+        (("generate", "--model=x", "--prompt="), ["--prompt=", "at least one character"]),
+        (("generate", "--dtype=f16"), ["--dtype=f16", "allowed: auto, bfloat16, float32"]),
+        (("generate", "--kv_cache_memory=3 apples"), ["--kv_cache_memory=3 apples", "256MiB"]),
+        (("generate", "--max_num_seqs=0"), ["--max_num_seqs=0", "allowed: an integer >= 1"]),
+        (("generate", "--seed=x"), ["--seed=x", "allowed: an integer"]),
+        (("generate", "--top_p=2"), ["--top_p=2", "allowed: a number from"]),
+        (("generate", "--temperature=nan"), ["--temperature=nan", "0 to 100"]),
+        (("generate", "--chat=maybe"), ["--chat=maybe", "allowed: true or false"]),
+        (("generate", "--model=x", "--page_tokens=3"), ["--page_tokens=3", "power of two"]),
+        (
+            ("generate", "--model=x", "--prompt=p", "--min_tokens=9", "--max_new_tokens=2"),
+            ["--min_tokens=9", "at most max_tokens (2)"],
+        ),
+        (
+            ("generate", "--model=x", "--prompt=p", "--stop_token_ids=a"),
+            ["--stop_token_ids=a", "integers"],
+        ),
+        (
+            ("generate", "--model=x", "--prompts_file=/no/such"),
+            ["--prompts_file=/no/such", "No such file"],
+        ),
+        (("batch", "--model=x"), ["--input is required"]),
+        (("batch", "--model=x", "--input=a"), ["--output is required"]),
+        (("batch", "--model=x", "--input=/no/a", "--output=b"), ["--input=/no/a", "exists"]),
+        (("bench", "--model=x", "--workload=sngle"), ["--workload=sngle", "single, prefill"]),
+    ],
+)
+def test_wrong_usage_is_a_short_message_and_status_2(capsys, arguments, words):
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 2 and "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert "--help" in err.splitlines()[1]
+
+
+def test_flags_map_one_to_one_onto_the_configuration():
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    common.define_sampling_flags(flags)
+    flags.parse(["--model=m"])
+    assert common.engine_config(flags) == EngineConfig(model="m")
+    assert common.sampling_params(flags) == SamplingParams(max_tokens=128, temperature=0.0)
+
+
+def test_flags_set_every_field():
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    common.define_sampling_flags(flags)
+    flags.parse([
+        "--model=m", "--tokenizer=t", "--load_format=dummy", "--dtype=float32",
+        "--kv_dtype=float32",
+        "--kv_cache_memory=1.5GiB", "--kv_cache_tokens=4096", "--page_tokens=32",
+        "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
+        "--noprefix_caching", "--policy=fcfs", "--attention=reference", "--matmul=xla",
+        "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
+        "--max_new_tokens=9", "--n=2", "--stop=a", "--stop=b", "--stop_token_ids=4", "--top_k=3",
+        "--sampling_seed=8", "--logprobs=0",
+    ])
+    config = common.engine_config(flags)
+    changed = [
+        field.name for field in dataclasses.fields(EngineConfig)
+        if getattr(config, field.name) == field.default and field.name != "policy"
+    ]
+    assert changed == []
+    assert config.kv_cache_memory == 3 << 29 and config.compile_cache_dir == ""
+    params = common.sampling_params(flags)
+    assert params.stop == ("a", "b") and params.stop_token_ids == (4,)
+    assert (params.n, params.seed, params.logprobs, params.max_tokens) == (2, 8, 0, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("256MiB", 256 << 20), ("1.5GiB", 3 << 29), ("2kB", 2000), ("4K", 4096),
+     (" 3 mib ", 3 << 20), ("1TB", 10**12)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+    assert parse_size(format_size(size)) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "-1", "1e9", "3 apples", "99999999TiB", "0.1"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="allowed: a size"):
+        parse_size(text)
+
+
+def test_flags_of_one_command_are_unknown_to_another():
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    with pytest.raises(UsageError, match="unknown flag --stream"):
+        flags.parse(["--stream"])
+
+
+def test_the_console_script_exits_with_the_status():
+    done = run_command("generate", "--nope")
+    assert done.returncode == 2 and done.stdout == "" and "unknown flag --nope" in done.stderr
+    done = run_command("--version")
+    assert done.returncode == 0 and done.stdout.startswith("aqua-jax ")
+    done = run_command("generate", "--model=/no/such/model", "--prompt=p")
+    assert done.returncode == 2 and "/no/such/model" in done.stderr
+    assert "Traceback" not in done.stderr
