@@ -106,31 +106,33 @@ def test_llama3_factors() -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def demo_arguments() -> dict[str, str]:
-    """Where transformers finds the demo model's GGUF file."""
-    path = demo_path()
-    return {
-        "pretrained_model_name_or_path": os.path.dirname(path), "gguf_file": os.path.basename(path)
-    }
-
-
-def test_demo_weights(demo_arguments: dict[str, str]) -> None:
+def test_demo_weights() -> None:
     # What from_pretrained does, less the accelerate package it wants and the model it builds.
-    config = transformers.AutoConfig.from_pretrained(**demo_arguments)
-    with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(config)
-    theirs = load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)
     loaded = load("demo", dtype="float32")
-    compare(loaded.params, theirs["tensors"], loaded.config)
-    assert loaded.config.tied_embeddings and loaded.eos_token_ids == (2,)
-    assert loaded.config.rope_theta == config.rope_parameters["rope_theta"]
-    assert loaded.config.max_position == config.max_position_embeddings
-    assert np.isclose(loaded.config.rms_norm_eps, config.rms_norm_eps)
+    ours = loaded.config
+    with torch.device("meta"):
+        shape = transformers.LlamaConfig(
+            vocab_size=ours.vocab_size, hidden_size=ours.hidden_size,
+            intermediate_size=ours.intermediate_size, num_hidden_layers=ours.num_layers,
+            num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads,
+        )  # fmt: skip
+        empty = transformers.LlamaForCausalLM(shape)
+    theirs = load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)
+    compare(loaded.params, theirs["tensors"], ours)
+    config = theirs["config"]
+    assert ours.tied_embeddings == config["tie_word_embeddings"]
+    assert ours.num_layers == config["num_hidden_layers"]
+    assert ours.num_kv_heads == config["num_key_value_heads"]
+    assert ours.rope_theta == config["rope_theta"]
+    assert ours.max_position == config["max_position_embeddings"]
+    assert ours.bos_token_id == config["bos_token_id"]
+    assert loaded.eos_token_ids == (config["eos_token_id"],)
+    assert np.isclose(ours.rms_norm_eps, config["rms_norm_eps"])
 
 
-def test_demo_tokenizer(demo_arguments: dict[str, str]) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(**demo_arguments)
+def test_demo_tokenizer() -> None:
+    folder, file = os.path.split(demo_path())
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     # transformers drops the file's pre-tokenizer name: SmolLM2's own tokenizer.json splits every
     # numeric character off first, which only shows on ones like '½' after a space.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
