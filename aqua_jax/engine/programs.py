@@ -43,6 +43,9 @@ class StepSpec:
     buckets: BucketTable
     history_width: int  # N: tokens of the longest sequence
     deterministic: bool
+    # Whether matmuls are told how many rows count. Not with XLA's in deterministic mode: there
+    # every product must have the same row count, so padding is computed like the rest.
+    counts_rows: bool
     attention: str | None  # implementation of `paged_attention`
     head_dim: int
 
@@ -67,8 +70,7 @@ class Programs:
         return merge(self._graphdef, params)
 
     def _rows(self, counts: jax.Array) -> jax.Array | None:
-        # In deterministic mode every matmul has the same row count, so padding is computed.
-        return None if self._spec.deterministic else counts[:1]
+        return counts[:1] if self._spec.counts_rows else None
 
     def _forward(self, params: Params, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array):
         spec = self._spec

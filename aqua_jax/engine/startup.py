@@ -97,6 +97,7 @@ def build(
         ),
         history_width=max_model_len,
         deterministic=config.deterministic,
+        counts_rows=pack or not config.deterministic,
         attention=attention,
         head_dim=model.head_dim,
     )
