@@ -19,7 +19,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from sortedcontainers import SortedKeyList  # type: ignore[import-untyped]
+from sortedcontainers import SortedKeyList
 
 from aqua_jax.scheduling.sequence import Sequence
 
