@@ -22,7 +22,7 @@ def random_params(generator: random.Random) -> SamplingParams:
         temperature=0.0 if greedy else generator.uniform(0.2, 1.5),
         top_k=generator.choice([0, 0, 5]),
         top_p=generator.choice([1.0, 0.9]),
-        max_tokens=generator.randrange(1, 80),
+        max_tokens=generator.randrange(1, 160),
         min_tokens=0,
         stop_token_ids=generator.sample(range(VOCAB), generator.choice([0, 0, 3])),
         logprobs=generator.choice([None, None, None, 2]),
@@ -38,7 +38,7 @@ def test_soak_ends_with_nothing_in_use(tmp_path):
     prefixes = [[generator.randrange(3, VOCAB) for _ in range(48)] for _ in range(3)]
     finished: dict[str, str] = {}
     aborted: set[str] = set()
-    with tiny_engine(tmp_path, kv_cache_tokens=512, max_num_seqs=8) as engine:
+    with tiny_engine(tmp_path, kv_cache_tokens=384, max_num_seqs=8) as engine:
         added = 0
         while added < total or engine.has_unfinished():
             while added < total and engine.num_live_requests < 20 and generator.random() < 0.6:
@@ -55,7 +55,7 @@ def test_soak_ends_with_nothing_in_use(tmp_path):
             for output in engine.step():
                 assert output.request_id not in finished, "an ended request came back"
                 for sample in output.outputs:
-                    assert len(sample.token_ids) <= 80
+                    assert len(sample.token_ids) < 160
                 if output.finished:
                     reasons = {sample.finish_reason for sample in output.outputs}
                     assert reasons <= {"stop", "length", "abort"}
