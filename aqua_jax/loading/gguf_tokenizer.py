@@ -181,25 +181,26 @@ def _add_special(backend: tokenizers.Tokenizer, names: list[str], kinds: list[in
             backend.add_tokens([AddedToken(names[index], special=False, normalized=False)])
 
 
-def _post_processor(keys: _Metadata, backend: tokenizers.Tokenizer, names: list[str]) -> None:
-    """Adds bos (and eos) around a text where the file says so."""
+def surround(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Makes `backend` put these tokens of its vocabulary before and after every text."""
     from tokenizers import processors
 
-    default_bos = keys.get("model") == "llama" or keys.get("pre") in _BOS_BY_DEFAULT
-    wanted = [
-        ("bos", keys.flag("add_bos_token", default_bos)), ("eos", keys.flag("add_eos_token", False))
-    ]
-    ids = {
-        key: found for key, on in wanted
-        if on and (found := token_id(keys.metadata, key)) is not None and 0 <= found < len(names)
-    }
-    if ids:
-        one = [f"{names[ids['bos']]}:0"] if "bos" in ids else []
-        last = [f"{names[ids['eos']]}:0"] if "eos" in ids else []
+    template = [f"{bos}:0"] if bos is not None else []
+    template += ["$A:0"] + ([f"{eos}:0"] if eos is not None else [])
+    used = {token for token in (bos, eos) if token is not None}
+    if used:
         backend.post_processor = processors.TemplateProcessing(
-            single=[*one, "$A:0", *last],
-            special_tokens=[(names[index], index) for index in set(ids.values())],
+            single=template,
+            special_tokens=[(token, backend.token_to_id(token)) for token in sorted(used)],
         )
+
+
+def _surrounding(keys: _Metadata, names: list[str], which: str, default: bool) -> str | None:
+    """The bos or eos token that the file wants added to texts, or None."""
+    index = token_id(keys.metadata, which)
+    if not keys.flag(f"add_{which}_token", default) or index is None:
+        return None
+    return names[index] if 0 <= index < len(names) else None
 
 
 def build(path: str, metadata: dict[str, Any]) -> FastTokenizer | None:
@@ -225,7 +226,9 @@ def build(path: str, metadata: dict[str, Any]) -> FastTokenizer | None:
         else:
             raise keys.fail("model", f"got {model!r}; allowed: gpt2, llama")
         _add_special(backend, names, kinds)
-        _post_processor(keys, backend, names)
+        default_bos = model == "llama" or keys.get("pre") in _BOS_BY_DEFAULT
+        bos = _surrounding(keys, names, "bos", default_bos)
+        surround(backend, bos, _surrounding(keys, names, "eos", False))
     except ModelLoadError:
         raise
     except Exception as error:  # the binding raises bare Exception

@@ -1,8 +1,7 @@
 """Tokenizers: text to ids and back, chat templates, from Hugging Face directories or GGUF files.
 
-Built on the bare `tokenizers` package, whose import takes 0.03 s, where transformers' takes 1 s and
-its tokenizer classes more; transformers is imported only for directories that have nothing but a
-sentencepiece model.
+Built on the bare `tokenizers` package, whose import takes 0.03 s where transformers' takes 1 s and
+its tokenizer classes more.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from aqua_jax.loading.chat_template import ChatTemplate
 if TYPE_CHECKING:
     import tokenizers
 
-_TOKENIZER_LIMIT = 512 << 20  # bytes of tokenizer.json; 34 MB is the largest seen
+TOKENIZER_LIMIT = 512 << 20  # bytes of tokenizer.json; 34 MB is the largest seen
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -241,7 +240,7 @@ class FastTokenizer:
         return self._template.render(messages, add_generation_prompt, **variables)
 
 
-def _token_text(value: Any) -> str | None:
+def special_text(value: Any) -> str | None:
     """A special token in tokenizer_config.json: text, or an AddedToken object."""
     if isinstance(value, Mapping):
         value = value.get("content")
@@ -272,20 +271,22 @@ def _from_directory(path: str) -> FastTokenizer:
     if os.path.lexists(fast):
         import tokenizers
 
-        content = files.read_bytes(fast, _TOKENIZER_LIMIT)
+        content = files.read_bytes(fast, TOKENIZER_LIMIT)
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the binding raises bare Exception
             raise ModelLoadError(f"{fast}: {error}") from error
     else:
-        backend = _slow_backend(path)
+        from aqua_jax.loading import sentencepiece
+
+        backend = sentencepiece.read(os.path.join(path, "tokenizer.model"), settings)
     special = {
-        key: text for key in _SPECIAL_KEYS if (text := _token_text(settings.get(key))) is not None
+        key: text for key in _SPECIAL_KEYS if (text := special_text(settings.get(key))) is not None
     }
     for key, value in files.read_optional_json(
         os.path.join(path, "special_tokens_map.json")
     ).items():
-        text = _token_text(value)
+        text = special_text(value)
         if key in _SPECIAL_KEYS and text is not None:
             special.setdefault(key, text)
     bos, eos = (
@@ -299,23 +300,6 @@ def _from_directory(path: str) -> FastTokenizer:
         chat_template=_chat_template(path, settings),
         special=special,
     )
-
-
-def _slow_backend(path: str) -> tokenizers.Tokenizer:
-    """The fast equivalent of a sentencepiece-only directory, converted by transformers."""
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        ).backend_tokenizer
-    except ImportError as error:
-        raise ModelLoadError(
-            f"{path}: only a sentencepiece tokenizer.model, which needs: "
-            "pip install transformers sentencepiece protobuf"
-        ) from error
-    except Exception as error:
-        raise ModelLoadError(f"{path}: tokenizer: {error}") from error
 
 
 def load_tokenizer(

@@ -8,6 +8,8 @@ import pathlib
 import threading
 
 import gguf
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,7 @@ import safetensors.numpy
 from aqua_jax.errors import ConfigError, ModelLoadError, RequestError
 from aqua_jax.loading import load
 from aqua_jax.models.config import RopeScaling
+from aqua_jax.models.huggingface import hf_tensor_map
 from tests.loading.checkpoints import (
     BF16,
     GGUF_CONFIG,
@@ -226,6 +229,54 @@ def test_absurd_sizes_are_refused(
     write_config(tmp_path, **{field: value})
     with pytest.raises(ConfigError, match=field):
         load(str(tmp_path), load_format=load_format)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**40, "llama", "yarn", "default"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta", "x"]), inner),
+    max_leaves=4,
+)  # fmt: skip
+FIELDS = [
+    *CONFIG, "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "attention_bias",
+    "mlp_bias", "quantization_config", "use_sliding_window", "max_window_layers",
+]  # fmt: skip
+
+
+@hypothesis.given(
+    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+)
+def test_any_config_loads_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict, family: str
+) -> None:
+    path = tmp_path_factory.mktemp("fuzzed")
+    write_directory(path)
+    (path / "config.json").write_text(json.dumps({**CONFIG, "model_type": family, **changes}))
+    try:
+        loaded = load(str(path))
+    except (ConfigError, ModelLoadError) as error:
+        assert str(error)
+    else:
+        assert set(loaded.params) == set(hf_tensor_map(loaded.config))
+
+
+@hypothesis.given(cut=st.integers(0, len(json.dumps(CONFIG)) - 1))
+def test_a_shortened_config_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("cut")
+    (path / "config.json").write_text(json.dumps(CONFIG)[:cut])
+    with pytest.raises(ModelLoadError, match=r"config\.json: not valid JSON"):
+        load(str(path))
+
+
+def test_a_directory_without_config(tmp_path: pathlib.Path) -> None:
+    write_directory(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"config\.json: cannot be opened"):
+        load(str(tmp_path))
 
 
 def test_dummy_weights_beyond_this_machine_are_refused(tmp_path: pathlib.Path) -> None:
