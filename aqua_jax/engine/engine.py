@@ -238,7 +238,9 @@ class Engine:
         metrics.preemptions += len(plan.preempted)
         for sequence in plan.preempted:
             self._lookup(sequence)[0].metrics.num_preemptions += 1
-        metrics.prompt_tokens += sum(c.count for c in plan.chunks if c.start < c.sequence.prompt_len)
+        metrics.prompt_tokens += sum(
+            chunk.count for chunk in plan.chunks if chunk.start < chunk.sequence.prompt_len
+        )
 
     def _take_in(self, record: StepRecord) -> list[RequestOutput]:
         started = time.perf_counter()

@@ -11,7 +11,6 @@ from aqua_jax.errors import RequestError
 from aqua_jax.prompts import Prompt
 
 
-
 def tokenize_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list[int]]:
     """Normalise a prompt in any of the forms of `aqua_jax.prompts`.
 

@@ -1,4 +1,4 @@
-"""What a request answers with. Class and field names are vLLM's, so code written for it reads on."""
+"""What a request answers with. Class and field names are vLLM's, so its users' code reads on."""
 
 from __future__ import annotations
 

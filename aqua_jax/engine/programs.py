@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class StepSpec:
     # Whether matmuls are told how many rows count. Not with XLA's in deterministic mode: there
     # every product must have the same row count, so padding is computed like the rest.
     counts_rows: bool
-    attention: str | None  # implementation of `paged_attention`
+    attention: Literal["ffi", "reference"]  # implementation of `paged_attention`
     head_dim: int
 
 
@@ -57,7 +58,7 @@ class Programs:
         self._graphdef, self._spec = graphdef, spec
         self._params = jax.tree.map(_shape_of, params)
         self._kv = _shape_of(kv)
-        self._compiled: dict[tuple, Callable] = {}
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._warm = False
         self.compiles = 0
@@ -72,7 +73,9 @@ class Programs:
     def _rows(self, counts: jax.Array) -> jax.Array | None:
         return counts[:1] if self._spec.counts_rows else None
 
-    def _forward(self, params: Params, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array):
+    def _forward(
+        self, params: Params, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec = self._spec
         tokens = self._tokens_of(vector)
         batch = ForwardBatch.unpack(
@@ -94,7 +97,9 @@ class Programs:
         )
         model = self._model(params)
 
-        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array):
+        def attend(
+            layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             cache, out = paged_attention(
                 cache, q, k, v, meta, layer=layer, scale=spec.head_dim**-0.5,
                 window=model.config.window(layer), deterministic=spec.deterministic,
@@ -111,14 +116,16 @@ class Programs:
     def _sample(
         self, rows: int, variant: SampleVariant, params: Params, picked: jax.Array,
         vector: jax.Array, last_tokens: jax.Array, history: jax.Array | None,
-    ):
+    ) -> tuple[jax.Array, jax.Array]:
         batch = SampleBatch.unpack(vector, SampleBatch.layout(rows))
         with jax.named_scope("logits"):
             logits = self._model(params).logits(picked[:rows], rows=self._rows(batch.counts))
         with jax.named_scope("sample"):
             return sample(logits, batch, last_tokens, history, variant)
 
-    def _prompt_logprobs(self, params: Params, hidden: jax.Array, targets: jax.Array):
+    def _prompt_logprobs(
+        self, params: Params, hidden: jax.Array, targets: jax.Array
+    ) -> jax.Array:
         """hidden f32[T, d], targets i32[T] -> i32[T, W] (see `pack_logprobs`), block by block."""
         tokens = hidden.shape[0]
         block = min(_LOGPROB_BLOCK, tokens)
@@ -134,15 +141,15 @@ class Programs:
 
     # Getting a compiled one.
 
-    def forward(self, tokens: int) -> Callable:
+    def forward(self, tokens: int) -> jax.stages.Compiled:
         """Compiled `(params, kv, vector, last_tokens) -> (kv, picked [S,d], hidden [T,d])`."""
         return self._get(("forward", tokens))
 
-    def sample(self, rows: int, variant: SampleVariant) -> Callable:
+    def sample(self, rows: int, variant: SampleVariant) -> jax.stages.Compiled:
         """Compiled `(params, picked, vector, last_tokens, history) -> (last_tokens, packed)`."""
         return self._get(("sample", rows, variant))
 
-    def prompt_logprobs(self, tokens: int) -> Callable:
+    def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         """Compiled `(params, hidden, targets) -> packed`."""
         return self._get(("prompt_logprobs", tokens))
 
@@ -177,9 +184,11 @@ class Programs:
 
     def temp_bytes(self, tokens: int) -> int:
         """Scratch of the forward program, from the compiler's own analysis."""
-        return int(self.forward(tokens).memory_analysis().temp_size_in_bytes)
+        analysis = self.forward(tokens).memory_analysis()
+        assert analysis is not None, "this platform has no memory analysis"
+        return int(analysis.temp_size_in_bytes)
 
-    def _get(self, key: tuple) -> Callable:
+    def _get(self, key: tuple) -> jax.stages.Compiled:
         compiled = self._compiled.get(key)
         if compiled is not None:
             return compiled
@@ -194,10 +203,11 @@ class Programs:
                 logging.warning("compiled %s after warm-up; --warmup=full avoids it", key)
         return compiled
 
-    def _compile(self, key: tuple) -> Callable:
+    def _compile(self, key: tuple) -> jax.stages.Compiled:
         spec = self._spec
         hidden_size = self._hidden_size()
         i32 = jnp.int32
+        args: tuple[Any, ...]
         last = jax.ShapeDtypeStruct((spec.sequences,), i32)
         if key[0] == "forward":
             layout = ForwardBatch.layout(key[1], spec.sequences, spec.table_width)
@@ -206,10 +216,7 @@ class Programs:
         elif key[0] == "sample":
             rows, variant = key[1:]
 
-            def sample_rows(params, picked, vector, last_tokens, history):
-                return self._sample(rows, variant, params, picked, vector, last_tokens, history)
-
-            jitted = jax.jit(sample_rows)
+            jitted = jax.jit(functools.partial(self._sample, rows, variant))
             history = (
                 jax.ShapeDtypeStruct((rows, spec.history_width), i32) if variant.edits else None
             )

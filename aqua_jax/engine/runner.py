@@ -8,7 +8,8 @@ plans the next step. Nothing here decides anything.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence as Sequence_
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 
 import jax
 import jax.numpy as jnp

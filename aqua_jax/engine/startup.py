@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from absl import logging
 from aqua_jax import loading
 from aqua_jax.config import EngineConfig
 from aqua_jax.engine.buckets import BucketTable
-from aqua_jax.engine.programs import Params, Programs, StepSpec
+from aqua_jax.engine.programs import Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.runner import Runner
 from aqua_jax.errors import ConfigError
@@ -217,8 +217,9 @@ def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> 
     return config.max_model_len
 
 
-def _attention(config: EngineConfig) -> str:
-    return _choose("attention", config.attention, "aqua_attention", "reference")
+def _attention(config: EngineConfig) -> Literal["ffi", "reference"]:
+    chosen = _choose("attention", config.attention, "aqua_attention", "reference")
+    return "ffi" if chosen == "ffi" else "reference"
 
 
 def _packs_weights(config: EngineConfig) -> bool:
