@@ -51,9 +51,13 @@ static inline vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 static inline vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
-static inline vf vround(vf a) { return _mm512_roundscale_ps(a, 8); }
-// a * 2^n for whole n in [-126, 0]
-static inline vf vscale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
+static inline vf vfms(vf a, vf b, vf c) { return _mm512_fmsub_ps(a, b, c); }
+static inline bool vany_above(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+// x where low <= at <= high, otherwise `other`
+static inline vf vselect_between(vf low, vf at, vf high, vf x, vf other) {
+  const __mmask16 above = _mm512_cmp_ps_mask(low, at, _CMP_LE_OQ);
+  return _mm512_mask_blend_ps(_mm512_mask_cmp_ps_mask(above, at, high, _CMP_LE_OQ), other, x);
+}
 static inline void vload_pairs(const bf16_t* p, vf* even, vf* odd) {
   const __m512i w = _mm512_loadu_si512(p);
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
@@ -85,7 +89,17 @@ static inline vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 static inline vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 static inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vfms(vf a, vf b, vf c) { return _mm256_fmsub_ps(a, b, c); }
+static inline bool vany_above(vf a, vf b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
+static inline vf vselect_between(vf low, vf at, vf high, vf x, vf other) {
+  const vf in = _mm256_and_ps(_mm256_cmp_ps(low, at, _CMP_LE_OQ),
+                              _mm256_cmp_ps(at, high, _CMP_LE_OQ));
+  return _mm256_blendv_ps(other, x, in);
+}
 static inline vf vround(vf a) { return _mm256_round_ps(a, 8); }
+// a * 2^n for whole n in [-126, 0]; 0 for n = -127
 static inline vf vscale2(vf a, vf n) {
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), bias), 23);
@@ -131,6 +145,14 @@ static inline vf vsub(vf a, vf b) { return a - b; }
 static inline vf vmul(vf a, vf b) { return a * b; }
 static inline vf vfma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+static inline vf vfms(vf a, vf b, vf c) { return a * b - c; }
+static inline bool vany_above(vf a, vf b) {
+  const vi above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+}
+static inline vf vselect_between(vf low, vf at, vf high, vf x, vf other) {
+  return (low <= at) & (at <= high) ? x : other;
+}
 static inline vf vround(vf a) {  // |a| < 2^22: adding 1.5 * 2^23 rounds to nearest even
   const vf magic = vset(12582912.0f);
   return (a + magic) - magic;
@@ -160,6 +182,73 @@ static inline void vsum4(vf a, vf b, vf c, vf d, float* out) {
   out[1] = vsum_across(b);
   out[2] = vsum_across(c);
   out[3] = vsum_across(d);
+}
+
+#endif
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+#if defined(__AVX512F__)
+
+constexpr int kAccumulators = 16;  // of 32 registers; the rest hold operands
+
+// 2^x for x <= 0, relative error 8e-8; 0 for -inf; NaN stays NaN.
+static inline vf vexp2(vf x) {
+  const vf f = _mm512_reduce_ps(x, 1);  // x - floor(x); 0 for -inf
+  vf p = vset(0.00021865784947294742f);
+  p = vfma(p, f, vset(0.0012391331838443875f));
+  p = vfma(p, f, vset(0.009684186428785324f));
+  p = vfma(p, f, vset(0.055480629205703735f));
+  p = vfma(p, f, vset(0.24023045599460602f));
+  p = vfma(p, f, vset(0.6931469440460205f));
+  p = vfma(p, f, vset(1.0f));
+  return _mm512_scalef_ps(p, x);  // times 2^floor(x)
+}
+
+// Transposes 16 rows of 16 dwords.
+static inline void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+#else
+
+constexpr int kAccumulators = 8;  // of 16 registers; the rest hold operands
+
+// 2^x for x <= 0, relative error 1.1e-7; 0 for -inf; NaN stays NaN.
+static inline vf vexp2(vf x) {
+  x = vmax(vset(-127.0f), x);
+  const vf n = vround(x);
+  const vf f = vsub(x, n);
+  vf p = vset(0.00015461444854736328f);
+  p = vfma(p, f, vset(0.0013400427997112274f));
+  p = vfma(p, f, vset(0.009618056938052177f));
+  p = vfma(p, f, vset(0.05550327152013779f));
+  p = vfma(p, f, vset(0.24022650718688965f));
+  p = vfma(p, f, vset(0.6931471824645996f));
+  p = vfma(p, f, vset(1.0f));
+  return vscale2(p, n);
 }
 
 #endif

@@ -21,6 +21,14 @@ const AttentionKernels& kernels_for(Isa isa) {
   return attention_kernels_generic();
 }
 
+AttendTile tiles_for(const AttentionProblem& p) {
+#if defined(__x86_64__)
+  if (p.kv_bf16 && p.isa >= Isa::kAmx) return attend_tile_amx;
+  if (p.kv_bf16 && p.isa >= Isa::kAvx512Bf16) return attend_tile_avx512bf16;
+#endif
+  return kernels_for(p.isa).attend_tile;
+}
+
 // Floats of scratch that grow and are never initialised; one per thread.
 float* scratch(size_t floats) {
   struct Free {
@@ -51,6 +59,7 @@ class Attention {
       : p_(problem),
         plan_(plan),
         kernels_(kernels_for(problem.isa)),
+        attend_tile_(tiles_for(problem)),
         element_(problem.kv_bf16 ? 2 : 4),
         row_(problem.head_dim * element_),
         token_(problem.kv_heads * row_),
@@ -145,7 +154,56 @@ class Attention {
     kernels_.finish_rows(shape_, p_.kv_bf16, state, out, p_.q_bf16);
   }
 
+  // What a tile's kernel needs to find keys: the pool, the sequence, the kv head.
+  struct Where {
+    const Attention* attention;
+    int64_t seq, head_offset;
+  };
+
+  static void locate(const void* context, int64_t first, int count, const void** rows) {
+    const Where& where = *static_cast<const Where*>(context);
+    const Attention& a = *where.attention;
+    for (int i = 0; i < count;) {
+      const int64_t in_page = (first + i) % a.p_.page_tokens;
+      const int end = static_cast<int>(std::min<int64_t>(count, i + a.p_.page_tokens - in_page));
+      const char* row = a.slot(where.seq, first + i, 0);
+      if (row != nullptr) row += where.head_offset;
+      for (; i < end; ++i) {
+        rows[i] = row;
+        if (row != nullptr) row += a.token_;
+      }
+    }
+  }
+
+  void attend_tile(const Item& item) const {
+    const int64_t group = p_.heads / p_.kv_heads;
+    const int64_t offset = (item.row * p_.heads + item.head * group) * p_.head_dim;
+    const Where where{this, item.seq, item.head * row_};
+    TileProblem t;
+    t.q = static_cast<const char*>(p_.q) + offset * (p_.q_bf16 ? 2 : 4);
+    t.out = static_cast<char*>(p_.out) + offset * (p_.q_bf16 ? 2 : 4);
+    t.q_bf16 = p_.q_bf16;
+    t.kv_bf16 = p_.kv_bf16;
+    t.token_stride = p_.heads * p_.head_dim;
+    t.tokens = static_cast<int>(item.rows);
+    t.group = static_cast<int>(group);
+    t.head_dim = shape_.head_dim;
+    t.position = p_.positions[item.row];
+    t.window = p_.window;
+    t.scale = p_.scale;
+    t.first_key = first_visible(p_, t.position);
+    t.last_key = t.position + item.rows;
+    t.locate = &locate;
+    t.context = &where;
+    t.value_offset = half_;
+    t.key_stride = token_;
+    t.page_tokens = p_.page_tokens;
+    t.scratch = scratch(tile_scratch(item.rows * group, shape_.head_dim));
+    attend_tile_(t);
+  }
+
   void attend(const Item& item) const {
+    if (item.head >= 0) return attend_tile(item);
     const size_t floats = state_floats(shape_);
     if (item.partial >= 0) {
       RowState state = state_in(partials_ + item.partial * floats, shape_);
@@ -187,6 +245,7 @@ class Attention {
   const AttentionProblem& p_;
   const Plan& plan_;
   const AttentionKernels& kernels_;
+  AttendTile attend_tile_;
   RowShape shape_;
   int64_t element_, row_, token_, half_, layer_, page_;  // sizes in bytes
   std::vector<char> zeros_;
@@ -194,6 +253,13 @@ class Attention {
 };
 
 }  // namespace
+
+size_t tile_scratch(int64_t rows, int head_dim) {
+  constexpr size_t kKeys = 128, kGroup = 32, kState = 256, kSlack = 128;
+  const size_t padded = static_cast<size_t>(head_dim) + 31;
+  const size_t groups = static_cast<size_t>(rows + 31) / 32;
+  return kKeys * kGroup + kKeys * padded + groups * (kState + 2 * padded * kGroup) + kSlack;
+}
 
 std::string paged_attention(const AttentionProblem& problem) {
   Plan plan;

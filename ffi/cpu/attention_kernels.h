@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "attention_tiles.h"
 
 namespace aqua {
 
@@ -48,6 +49,8 @@ struct AttentionKernels {
                       bool out_bf16);
   // n elements, each side f32 or bf16.
   void (*convert)(const void* from, bool from_bf16, void* to, bool to_bf16, int64_t n);
+  // A tile of prompt rows, all arithmetic in f32.
+  AttendTile attend_tile;
 };
 
 const AttentionKernels& attention_kernels_generic();

@@ -12,6 +12,9 @@ constexpr int64_t kFixedSplit = 512;
 // merge and the task cost about as much as reading 16 of them.
 constexpr int64_t kLeastSplit = 64;
 constexpr int64_t kRowsPerItem = 8;
+// Query rows (tokens times group) of one prompt tile: enough that packing a block of keys and
+// values for it is a few percent of the work, and that its operands stay in a 1 MiB cache.
+constexpr int64_t kTileRows = 192;
 
 std::string wrong(const std::string& what, int64_t got, const std::string& allowed) {
   return what + ": got " + std::to_string(got) + "; allowed: " + allowed;
@@ -71,6 +74,29 @@ int64_t keys_of(const AttentionProblem& p, int64_t row) {
   return p.positions[row] + 1 - first_visible(p, p.positions[row]);
 }
 
+// Whether a prompt chunk goes through tiles, 32 query rows at a time. Below that lanes stay empty;
+// the matrix units are worth it even mostly empty.
+bool worth_tiles(const AttentionProblem& p, int64_t count) {
+  if (p.deterministic || count < 2) return false;
+  const bool matrix = p.kv_bf16 && p.isa >= Isa::kAvx512Bf16;
+  return count * (p.heads / p.kv_heads) >= (matrix ? 8 : 24);
+}
+
+void tile_rows(const AttentionProblem& p, int64_t seq, int threads, Plan* plan) {
+  const int64_t start = p.query_starts[seq], end = p.query_starts[seq + 1];
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t tokens = std::max<int64_t>(1, kTileRows / group);
+  const int64_t least = std::max<int64_t>(1, 32 / group);
+  while (tokens / 2 >= least && (end - start + tokens - 1) / tokens * p.kv_heads < 4 * threads) {
+    tokens /= 2;
+  }
+  for (int64_t row = start; row < end; row += tokens) {
+    Item item{seq, row, std::min(tokens, end - row)};
+    for (int64_t i = 0; i < item.rows; ++i) item.cost += keys_of(p, row + i);
+    for (item.head = 0; item.head < p.kv_heads; ++item.head) plan->items.push_back(item);
+  }
+}
+
 // Appends the parts of one row as tasks with partial results.
 void split_row(const AttentionProblem& p, int64_t seq, int64_t row, int64_t split, Plan* plan) {
   const int64_t first = first_visible(p, p.positions[row]), last = p.positions[row] + 1;
@@ -81,7 +107,7 @@ void split_row(const AttentionProblem& p, int64_t seq, int64_t row, int64_t spli
     item.first_key = at;
     item.last_key = end;
     item.partial = plan->num_partials++;
-    item.cost = end - at;
+    item.cost = (end - at) * p.kv_heads;
     plan->items.push_back(item);
     ++merge.count;
     at = end;
@@ -97,7 +123,7 @@ std::string make_plan(const AttentionProblem& p, int threads, Plan* plan) {
   if (p.num_seqs > 0 && p.query_starts[0] != 0) {
     return wrong("query_starts[0]", p.query_starts[0], "0");
   }
-  int64_t work = 0, decode_rows = 0;
+  int64_t work = 0;
   for (int64_t s = 0; s < p.num_seqs; ++s) {
     error = check_sequence(p, s);
     if (!error.empty()) return error;
@@ -105,7 +131,6 @@ std::string make_plan(const AttentionProblem& p, int threads, Plan* plan) {
       plan->rows.push_back(static_cast<int32_t>(s));
       work += keys_of(p, row);
     }
-    decode_rows += p.query_starts[s + 1] - p.query_starts[s] == 1;
   }
   // What one task of a split row should read so that the threads end together.
   const int64_t share = std::max(kLeastSplit, (work / (2 * threads) + 15) / 16 * 16);
@@ -117,9 +142,13 @@ std::string make_plan(const AttentionProblem& p, int threads, Plan* plan) {
       split_row(p, s, start, task_split, plan);
       continue;
     }
+    if (worth_tiles(p, count)) {
+      tile_rows(p, s, threads, plan);
+      continue;
+    }
     for (int64_t row = start; row < start + count; row += kRowsPerItem) {
       Item item{s, row, std::min(kRowsPerItem, start + count - row)};
-      for (int64_t i = 0; i < item.rows; ++i) item.cost += keys_of(p, row + i);
+      for (int64_t i = 0; i < item.rows; ++i) item.cost += keys_of(p, row + i) * p.kv_heads;
       plan->items.push_back(item);
     }
   }

@@ -11,13 +11,14 @@
 namespace aqua {
 
 // A piece of work for one thread: rows [row, row + rows) of the step, all of sequence `seq`,
-// against all they see; or, when partial >= 0, one row against keys [first_key, last_key), whose
-// running softmax goes to that partial result.
+// against all they see. With head >= 0, only that kv head, as one tile. With partial >= 0, one row
+// against keys [first_key, last_key), whose running softmax goes to that partial result.
 struct Item {
   int64_t seq, row, rows;
+  int64_t head = -1;
   int64_t first_key = 0, last_key = 0;
   int64_t partial = -1;
-  int64_t cost = 0;  // keys read, rows counted
+  int64_t cost = 0;  // keys times rows times kv heads
 };
 
 // Partial results [partial, partial + count) of one row, in order of their keys.
