@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def merge(graphdef: nnx.GraphDef[Decoder], params: Mapping[str, jax.Array]) -> D
     Raises:
       ModelLoadError: a parameter is missing or unknown.
     """
-    flat = {
+    flat: dict[Any, nnx.Param] = {
         tuple(int(part) if part.isdigit() else part for part in name.split(".")): nnx.Param(value)
         for name, value in params.items()
     }
@@ -71,7 +72,7 @@ def merge(graphdef: nnx.GraphDef[Decoder], params: Mapping[str, jax.Array]) -> D
 def parameters(model: Decoder) -> dict[str, jax.Array]:
     """The inverse of `merge`: a model's arrays by dotted name."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def random_params(

@@ -51,10 +51,9 @@ def logits(model: Decoder) -> np.ndarray:
     return np.asarray(_run(model, _tokens(2, 23)))
 
 
-def test_logits(model: Decoder, logits: np.ndarray) -> None:
+def test_logits(logits: np.ndarray) -> None:
     assert logits.shape == (2, 23, 53) and logits.dtype == np.float32
     assert logits.std() > 0.1
-    np.testing.assert_allclose(model(_tokens(1, 23)), _run(model, _tokens(1, 23)), atol=2e-5)
 
 
 def test_sequences_of_a_batch_are_independent(model: Decoder, logits: np.ndarray) -> None:
@@ -69,40 +68,33 @@ def test_no_token_sees_a_later_one(model: Decoder, logits: np.ndarray) -> None:
     assert np.abs(out[:, 15:] - logits[:, 15:]).max() > 0.1
 
 
-def _cached_attend(config: ModelConfig) -> Any:
-    """Attention of one sequence over a growing list of (k, v) per layer, one call at a time."""
+@nnx.jit
+def _chunk(model: Decoder, tokens: jax.Array, start: Any, cache: Any) -> tuple[jax.Array, Any]:
+    """Logits of a chunk at `start`, with keys and values [L, 2, 23, K, D] as the cache."""
+    config, count = model.config, tokens.shape[0]
+    positions = start + jnp.arange(count, dtype=jnp.int32)
 
-    def attend(layer: int, q: Any, k: Any, v: Any, cache: list[Any]) -> tuple[Any, list[Any]]:
-        keys, values = (np.concatenate(pair) for pair in zip(cache[layer], (k, v), strict=True))
-        past, window = len(cache[layer][0]), config.window(layer)
-        out = np.zeros(q.shape)
-        for t, h in np.ndindex(q.shape[:2]):
-            end = past + t + 1
-            first = 0 if window is None else max(0, end - window)
-            kv = h // (config.num_heads // config.num_kv_heads)
-            scores = keys[first:end, kv] @ np.asarray(q)[t, h] * config.head_dim**-0.5
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ values[first:end, kv] / weights.sum()
-        return jnp.asarray(out, jnp.float32), [
-            (keys, values) if index == layer else pair for index, pair in enumerate(cache)
-        ]
+    def attend(layer: int, q: Any, k: Any, v: Any, cache: Any) -> tuple[Any, Any]:
+        cache = cache.at[layer, :, positions].set(jnp.stack([k, v], axis=1))
+        keys, values = (jnp.repeat(x, 3, axis=1) for x in cache[layer])  # 3 query heads each
+        scores = jnp.einsum("thd,uhd->htu", q, keys) * config.head_dim**-0.5
+        distance = positions[:, None] - jnp.arange(23)
+        visible = (distance >= 0) & (distance < (config.window(layer) or 99))
+        weights = jax.nn.softmax(jnp.where(visible, scores, -1e9), axis=-1)
+        return jnp.einsum("htu,uhd->thd", weights, values), cache
 
-    return attend
+    hidden, cache = model.forward(
+        tokens, positions, attend, cache, prompt_lens=jnp.full(count, 23), implementation="xla"
+    )
+    return model.logits(hidden, implementation="xla"), cache
 
 
 def test_chunks_with_a_cache_equal_the_dense_forward(model: Decoder, logits: np.ndarray) -> None:
-    tokens, config = _tokens(2, 23)[:1], model.config
-    empty = np.zeros((0, config.num_kv_heads, config.head_dim), np.float32)
-    cache: Any = [(empty, empty)] * config.num_layers
-    start, rows = 0, []
+    tokens, start, rows = _tokens(2, 23)[0], 0, []
+    cache = jnp.zeros((2, 2, 23, 2, 10))
     for count in (10, 10, 1, 1, 1):
-        part = slice(start, start + count)
-        hidden, cache = model.forward(
-            tokens[0, part], jnp.arange(23, dtype=jnp.int32)[part], _cached_attend(config), cache,
-            prompt_lens=jnp.full(count, 23), implementation="xla",
-        )  # fmt: skip
-        assert hidden.dtype == jnp.float32
-        rows.append(model.logits(hidden, implementation="xla"))
+        out, cache = _chunk(model, tokens[start : start + count], start, cache)
+        rows.append(out)
         start += count
     np.testing.assert_allclose(np.concatenate(rows), logits[0], atol=5e-5)
 
@@ -115,15 +107,18 @@ def test_padding_rows_change_nothing(model: Decoder) -> None:
         seen.append((layer, *q.shape, *k.shape, *v.shape))
         return q + jnp.repeat(k + v, 3, axis=1), cache + 1
 
-    full, calls = model.forward(tokens, positions, attend, 0)
-    part, _ = model.forward(tokens, positions, attend, 0, rows=jnp.array([7], jnp.int32))
+    @nnx.jit
+    def run(model: Decoder, rows: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        hidden, calls = model.forward(tokens, positions, attend, jnp.zeros(()), rows=rows)
+        return hidden, model.logits(hidden, rows), calls
+
+    *full, calls = run(model, jnp.array([12], jnp.int32))
+    *part, _ = run(model, jnp.array([7], jnp.int32))
     assert calls == 2
-    assert seen[:2] == [(layer, 12, 6, 10, 12, 2, 10, 12, 2, 10) for layer in range(2)]
-    np.testing.assert_allclose(part[:7], full[:7], atol=1e-4)
-    assert np.isfinite(np.asarray(part)).all()
-    np.testing.assert_allclose(
-        model.logits(part, jnp.array([7], jnp.int32))[:7], model.logits(full)[:7], atol=1e-4
-    )
+    assert seen == [(layer, 12, 6, 10, 12, 2, 10, 12, 2, 10) for layer in range(2)]
+    for few, all_rows in zip(part, full, strict=True):
+        np.testing.assert_allclose(few[:7], all_rows[:7], atol=1e-4)
+        assert np.isfinite(np.asarray(few)).all()
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["odd", "tied"])
@@ -168,9 +163,12 @@ def test_bfloat16_rounds_only_matrices(model: Decoder, logits: np.ndarray) -> No
     assert 1e-5 < error < 5e-2
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["odd", "tied"])
+@pytest.mark.parametrize(
+    ("config", "dtype"), [(CONFIG, jnp.float32), (TIED, jnp.bfloat16)], ids=["odd", "tied"]
+)
 def test_packed_matrices_give_the_same_logits(config: ModelConfig, dtype: Any) -> None:
+    # The C++ feed-forward op, where there is one, takes hidden widths that are multiples of 64.
+    config = dataclasses.replace(config, intermediate_size=128)
     model = _model(config, dtype=dtype)
     expected = _run(model, _tokens(2, 12))
     packed = dict(parameters(model))
@@ -181,8 +179,12 @@ def test_packed_matrices_give_the_same_logits(config: ModelConfig, dtype: Any) -
         table = np.asarray(packed["embed.embedding"])
         packed["embed.embedding"] = jnp.asarray(pack(table.T, dtype))
     graphdef, _ = abstract_decoder(config, dtype)
-    out = _run(merge(graphdef, packed), _tokens(2, 12))
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    decoder = merge(graphdef, packed)
+    np.testing.assert_allclose(_run(decoder, _tokens(2, 12)), expected, rtol=1e-4, atol=1e-4)
+    fast = nnx.jit(lambda model, tokens: model(tokens, implementation=None))
+    # Another order of sums moves some bf16 roundings of what is multiplied next.
+    allowed = (2e-2 if dtype == jnp.bfloat16 else 1e-4) * np.abs(expected).max()
+    np.testing.assert_allclose(fast(decoder, _tokens(2, 12)), expected, atol=allowed)
 
 
 def test_tokens_of_the_wrong_rank(model: Decoder) -> None:
@@ -191,9 +193,10 @@ def test_tokens_of_the_wrong_rank(model: Decoder) -> None:
 
 
 def test_same_seed_same_model() -> None:
-    one, two = (Decoder(TIED, rngs=nnx.Rngs(7)) for _ in range(2))
-    other = Decoder(TIED, rngs=nnx.Rngs(8))
-    a, b, c = (parameters(m)["layers.1.mlp.down.kernel"] for m in (one, two, other))
+    config = dataclasses.replace(TIED, num_layers=1, layer_windows=())
+    one, two = (Decoder(config, rngs=nnx.Rngs(7)) for _ in range(2))
+    other = Decoder(config, rngs=nnx.Rngs(8))
+    a, b, c = (parameters(m)["layers.0.mlp.down.kernel"] for m in (one, two, other))
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
     assert float(jnp.std(a)) == pytest.approx(0.02, rel=0.1)

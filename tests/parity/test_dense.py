@@ -99,3 +99,15 @@ def test_dynamic_rule_is_not_the_final_length() -> None:
     model = _ours(hf_model)
     by_step, at_once = (_one_pass(model, sequence, length) for length in (10, LENGTH))
     assert np.abs(by_step - at_once).max() > 100 * TOLERANCE * np.abs(at_once).max()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied_window", "qwen2_window_off", "qwen3"])
+def test_older_files_without_layer_types(name: str) -> None:
+    """transformers 5 writes the windows out layer by layer; files from before state the rule."""
+    fields = FAMILIES[name]().to_dict()
+    stated = config_from_hf(fields)
+    types = fields.pop("layer_types")
+    assert config_from_hf({**fields, "sliding_window": fields["sliding_window"] or 5}) == stated
+    assert [w is not None for w in stated.layer_windows or [None] * len(types)] == [
+        kind == "sliding_attention" for kind in types
+    ]
