@@ -111,9 +111,9 @@ def sample(
         edited, batch.temperature, batch.top_k, batch.top_p, batch.min_p, uniforms,
         rows=batch.counts, implementation=implementation,
     )
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))  # NaN and +inf both fail
-    last_tokens = last_tokens.at[batch.slots].set(tokens, mode="drop")
-    packed = jnp.where(finite, tokens, -1)[:, None]
+    last_tokens = last_tokens.at[batch.slots].set(jnp.maximum(tokens, 0), mode="drop")
+    packed = tokens[:, None]
     if variant.logprobs:
-        packed = jnp.concatenate([packed, pack_logprobs(logits, tokens)], axis=-1)
+        alternatives = pack_logprobs(logits, jnp.maximum(tokens, 0))
+        packed = jnp.concatenate([packed, alternatives], axis=-1)
     return last_tokens, packed

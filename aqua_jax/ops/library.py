@@ -26,12 +26,14 @@ _TARGETS = {
     "aqua_mlp": "AquaMlp",
     "aqua_qkv": "AquaQkv",
     "aqua_swiglu": "AquaSwiglu",
+    "aqua_sample": "AquaSample",
 }
 # Operation -> the target it needs and the name of what runs without it.
 _OPERATIONS = {
     "attention": ("aqua_attention", "reference"),
     "copy_pages": ("aqua_copy_pages", "reference"),
     "linear": ("aqua_linear", "xla"),
+    "sample_tokens": ("aqua_sample", "reference"),
 }
 
 

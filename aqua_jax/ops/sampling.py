@@ -13,6 +13,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from aqua_jax.ops import library
+
 _BLOCK = 256  # columns per block of the two-level cumulative sum
 
 
@@ -58,7 +60,7 @@ def _ordered(values: jax.Array) -> jax.Array:
 def _largest_threshold(keys: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
     """Largest key t per row with sum(weights[keys >= t]) >= wanted: u32[R, V] -> u32[R, 1]."""
 
-    def body(i: int, t: jax.Array) -> jax.Array:
+    def body(i: jax.Array, t: jax.Array) -> jax.Array:
         trial = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         kept = jnp.sum(jnp.where(keys >= trial, weights, 0), axis=-1, keepdims=True)
         return jnp.where(kept >= wanted, trial, t)
@@ -111,6 +113,7 @@ def sample_tokens_reference(
 ) -> jax.Array:
     """Plain jnp `sample_tokens`: any platform."""
     best = argmax(logits)
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))  # NaN wins a max, so it shows here
     greedy = temperature <= 0
 
     def random() -> jax.Array:
@@ -125,7 +128,7 @@ def sample_tokens_reference(
         return _draw(probs, uniforms)
 
     drawn = jax.lax.cond(jnp.all(greedy), lambda: best, random)
-    return jnp.where(greedy, best, drawn)
+    return jnp.where(finite, jnp.where(greedy, best, drawn), -1)
 
 
 def sample_tokens(
@@ -136,26 +139,35 @@ def sample_tokens(
     """Choose a token per row.
 
     Filters apply in this order, on the distribution after temperature: min-p (relative to the
-    likeliest token), top-k, top-p (of the mass that is left).
+    likeliest token), top-k, top-p (of the mass that is left). Ties at a cut are kept.
 
     Args:
-      logits: f32[R, V].
+      logits: f32[R, V]; -inf forbids a token.
       temperature: f32[R]; 0 takes the likeliest token (the first of equals).
       top_k: i32[R]; 0 keeps all.
       top_p: f32[R]; 1 keeps all.
       min_p: f32[R]; 0 keeps all.
       uniforms: f32[R] in [0, 1), the row's random number.
-      rows: i32[1], number of leading rows that matter; None: all.
-      implementation: None or "reference".
+      rows: i32[1], number of leading rows that matter; the others' tokens are arbitrary. None: all.
+      implementation: None (the fastest that can run), "ffi" or "reference".
 
     Returns:
-      i32[R] token ids.
+      i32[R] token ids; -1 where a row's largest logit is NaN or infinite.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or "ffi" where it cannot run.
     """
-    if implementation not in (None, "reference"):
-        raise ValueError(f"sample_tokens implementation: got {implementation!r}; "
-                         "allowed: None, 'reference'")
-    del rows
-    return sample_tokens_reference(logits, temperature, top_k, top_p, min_p, uniforms)
+    if implementation not in (None, "ffi", "reference"):
+        raise ValueError(
+            f"implementation is {implementation!r}; allowed: None, 'ffi', 'reference'"
+        )
+    usable = jax.default_backend() == "cpu" and library.available("aqua_sample")
+    if implementation == "ffi" and not usable:
+        raise ValueError(f"implementation 'ffi' can't be used: {library.reason() or 'no CPU'}")
+    args = (logits, temperature, top_k, top_p, min_p, uniforms)
+    if implementation == "reference" or not usable:
+        return sample_tokens_reference(*args)
+    operand = jnp.zeros((0,), jnp.int32) if rows is None else rows
+    shape = jax.ShapeDtypeStruct((logits.shape[0],), jnp.int32)
+    call = jax.ffi.ffi_call("aqua_sample", shape, vmap_method="sequential")
+    return call(*args, operand)
