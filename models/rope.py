@@ -110,8 +110,9 @@ def cos_sin(
 
     Dynamic scaling takes theta for the length `max(prompt_len, position + 1)`: a prompt is
     computed with the theta of its whole length and each generated token with its own, which is
-    what a one-shot prefill followed by cached decoding does in transformers. Being a function of
-    the request alone it does not change with chunking, preemption or recompute.
+    what a one-shot prefill followed by cached decoding does in transformers (on a fresh model:
+    there a longer request leaves its theta behind for the next one past the trained context).
+    Being a function of the request alone it doesn't change with chunking, preemption or recompute.
     """
     rates: jax.Array = jnp.asarray(inverse_frequencies(config))  # [D/2]
     if config.rope_scaling.kind == "dynamic":
