@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from aqua_jax.errors import ModelLoadError, RequestError
 
@@ -63,7 +63,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """`{% generation %}...{% endgeneration %}` marks the assistant's tokens: rendered as is."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

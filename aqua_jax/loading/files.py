@@ -42,7 +42,7 @@ def read_into(fd: int, path: str, offset: int, out: np.ndarray) -> None:
     Raises:
       ModelLoadError: the file ends early or the device fails.
     """
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
         try:

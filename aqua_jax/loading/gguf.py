@@ -30,7 +30,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 _F32, _F16, _F64, _BF16 = 0, 1, 28, 30  # GGMLQuantizationType
-_DIRECT = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2"), _F64: np.dtype("<f8")}
+_DIRECT: dict[int, np.dtype] = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2"), _F64: np.dtype("<f8")}
 # Side data, not weights: llama3 rotary factors are read into the configuration.
 SIDE_TENSORS = frozenset({"rope_freqs.weight"})
 
@@ -78,7 +78,7 @@ def _block_sizes(path: str, info: gguf_format.TensorInfo) -> tuple[int, int]:
     return elements, size
 
 
-def import_gguf():  # the module object; it has no useful static type
+def import_gguf() -> Any:
     """The `gguf` package with its `quants` module, imported at first use (0.1 s).
 
     Raises:

@@ -143,14 +143,14 @@ def _sentencepiece(
     unknown = token_id(keys.metadata, "unknown")
     if unknown is None and kinds and _UNKNOWN in kinds:
         unknown = kinds.index(_UNKNOWN)
-    by_id = {index: token for token, index in vocab.items()}
+    by_id: dict[int | None, str] = {index: token for token, index in vocab.items()}
     plain = {
         token: index for token, index in vocab.items()
         if kinds is None or kinds[index] not in (_CONTROL, _USER_DEFINED, _UNKNOWN)
     }
     backend = Tokenizer(
         models.BPE(
-            vocab, _merges_by_score(plain, scores), unk_token=by_id.get(unknown, None),
+            vocab, _merges_by_score(plain, scores), unk_token=by_id.get(unknown),
             fuse_unk=True, byte_fallback="<0x00>" in vocab,
         )
     )

@@ -56,7 +56,7 @@ def _entry(fd: int, path: str, name: str, raw: Any, base: int, size: int) -> tup
 
     if not isinstance(raw, dict):
         raise bad("its header entry is not an object")
-    dtype = _DTYPES.get(raw.get("dtype")) if isinstance(raw.get("dtype"), str) else None
+    dtype = _DTYPES.get(str(raw.get("dtype")))
     if dtype is None:
         raise bad(f"dtype {raw.get('dtype')!r}; known: {', '.join(_DTYPES)}")
     shape, offsets = raw.get("shape"), raw.get("data_offsets")

@@ -41,6 +41,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, value) over one message: int, f32 or bytes by wire type."""
     at = 0
+    value: Any
     while at < len(data):
         tag, at = _varint(data, at)
         kind = tag & 7
