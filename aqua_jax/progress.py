@@ -83,6 +83,10 @@ class Progress:
         """Output tokens over the time since the start."""
         return self._tokens / max(time.monotonic() - self._start, 1e-9)
 
+    def restart_clock(self) -> None:
+        """Counts rates from now: loading a model isn't generating."""
+        self._start = self._logged = time.monotonic()
+
     def skip(self, amount: float) -> None:
         """Notes that `amount` of the total was done before this run."""
         self._done += amount

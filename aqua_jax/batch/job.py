@@ -224,6 +224,7 @@ class Job:
     def _admit(self, request: BatchRequest) -> None:
         if self._engine is None:
             self._engine = self._make_engine()
+            self._progress.restart_clock()
         name = f"line-{request.line}"
         try:
             prompt = self._prompt(request)

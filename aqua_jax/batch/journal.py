@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import re
 import stat
 import threading
 import time
@@ -26,6 +27,13 @@ SYNC_EVERY_S = 0.1
 _QUEUE_LENGTH = 4096  # results waiting for the disk before the job waits too
 
 _log = logging.getLogger(__name__)
+
+# How a success starts, in both dialects: enough to know whose it is. Parsing whole records would
+# read an output at 35 MB/s, this reads it at 300.
+_SUCCESS = re.compile(
+    rb'\{"id": (?:("(?:[^"\\]|\\.)*"|-?\d+), "token_ids": '
+    rb'|"\w*", "custom_id": ("(?:[^"\\]|\\.)*"), "response": \{"status_code": 200,)'
+)
 
 
 class JournalError(AquaError):
@@ -69,8 +77,12 @@ def _scan(path: Path, file: Any) -> tuple[Answered, int]:
                 raise _foreign(path, number)
             break
         try:
-            record = json.loads(data)
-            _note(record, answered)
+            success = _SUCCESS.match(data)
+            if success and data.endswith(b"}\n"):
+                answered.ids.add(id_digest(json.loads(success[1] or success[2])))
+                answered.records += 1
+            else:
+                _note(json.loads(data), answered)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _foreign(path, number) from None
         end += len(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -112,12 +111,10 @@ def run(flags: FlagSet) -> int:
                 rate = progress.tokens_per_second
     finally:
         journal.close()
-    counts = dataclasses.asdict(result)
     _log.info(
-        "%(answered)d answered, %(errors)d errors, %(skipped)d already there, "
-        "%(output_tokens)d tokens", counts,
+        "%d answered, %d errors, %d already there; %d tokens, %.0f tokens/s", result.answered,
+        result.errors, result.skipped, result.output_tokens, rate,
     )
-    _log.info("%.0f tokens/s", rate)
     if result.interrupted:
         _log.info("interrupted: the same command goes on from here")
         return 128 + stop.number

@@ -162,6 +162,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(module: object, flags: FlagSet) -> int:
+    import absl.logging
+
     from aqua_jax.errors import AquaError
 
     logging.basicConfig(
@@ -169,6 +171,7 @@ def _run(module: object, flags: FlagSet) -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("aqua_jax").setLevel(logging.INFO)
+    absl.logging.set_verbosity(absl.logging.INFO)  # the engine's: what was loaded, and how long
     try:
         return module.run(flags)  # type: ignore[attr-defined]
     except AquaError as error:

@@ -133,3 +133,20 @@ def test_closing_lets_go_of_the_file(tmp_path):
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert os.path.getsize(path) == 0
+
+
+@given(st.text(min_size=1, max_size=8).filter(lambda text: text.isprintable()) | st.integers())
+def test_any_id_is_found_again(tmp_path_factory, key):
+    path = tmp_path_factory.mktemp("ids") / "out.jsonl"
+    write(
+        path,
+        {"id": key, "token_ids": [1], "text": "x"},
+        {"id": "batch_req_1", "custom_id": f"c{key}", "response": {"status_code": 200, "body": {}},
+         "error": None},
+        {"id": "batch_req_2", "custom_id": f"d{key}", "response": {"status_code": 400, "body": {}},
+         "error": {"line": 3}},
+    )
+    journal = Journal(path)
+    assert journal.answered.ids == {id_digest(one) for one in (key, f"c{key}", f"d{key}")}
+    assert (journal.answered.records, journal.answered.errors) == (3, 1)
+    journal.close()
