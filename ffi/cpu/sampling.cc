@@ -66,10 +66,13 @@ AQUA_CLONES int64_t first_equal(const float* x, int64_t n, float value) {
   return n - 1;
 }
 
-// exp for x <= 0 to 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
-inline float exp_negative(float x) {
+// exp for x <= 0 to 2 ulp, or 0 unless `keep`: 2^k times a polynomial on [-ln2/2, ln2/2] (Cephes'
+// coefficients). The choice is a mask on the bits of 2^k: a branch would keep loops scalar.
+inline float exp_negative(float x, bool keep = true) {
   const float clipped = x < -87.0f ? -87.0f : x;
-  const float k = std::floor(clipped * 1.44269504f + 0.5f);
+  // Truncation rounds to nearest here, and unlike floor vectorises on every instruction set.
+  const int32_t power = static_cast<int32_t>(clipped * 1.44269504f - 0.5f);
+  const float k = static_cast<float>(power);
   const float r = (clipped - k * 0.693359375f) + k * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -78,10 +81,11 @@ inline float exp_negative(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+  const int32_t mask = -static_cast<int32_t>(keep & (x >= -87.0f));
+  const int32_t bits = ((power + 127) << 23) & mask;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return x < -87.0f ? 0.0f : p * scale;
+  return p * scale;
 }
 
 // scaled[i] = (x[i] - largest) * inverse temperature, all <= 0.
@@ -89,12 +93,9 @@ AQUA_CLONES void scale_row(const float* x, int64_t n, float largest, float inver
   for (int64_t i = 0; i < n; ++i) scaled[i] = (x[i] - largest) * inverse;
 }
 
-// In place: values >= threshold become their exponentials, the others 0.
-AQUA_CLONES void weigh(float* scaled, int64_t n, float threshold) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float e = exp_negative(scaled[i]);
-    scaled[i] = scaled[i] >= threshold ? e : 0.0f;
-  }
+// weights[i] = exp(scaled[i]) for values >= threshold, else 0.
+AQUA_CLONES void weigh(const float* scaled, int64_t n, float threshold, float* weights) {
+  for (int64_t i = 0; i < n; ++i) weights[i] = exp_negative(scaled[i], scaled[i] >= threshold);
 }
 
 AQUA_CLONES float block_sum(const float* x, int64_t n) {
@@ -114,8 +115,10 @@ int bin_of(float scaled) {
   return place < kBins - 1 ? static_cast<int>(place) : kBins - 1;
 }
 
-// The least scaled logit that min-p, top-k and top-p keep. Ties at the cut are kept.
-float filter_threshold(const float* scaled, int64_t vocab, const SamplingRule& rule) {
+// The least scaled logit that min-p, top-k and top-p keep. Ties at the cut are kept. `weights` is
+// scratch.
+float filter_threshold(const float* scaled, int64_t vocab, const SamplingRule& rule,
+                       float* weights) {
   float threshold = -std::numeric_limits<float>::infinity();
   if (rule.min_p > 0.0f) threshold = std::log(rule.min_p);
   const bool by_rank = rule.top_k > 0 && rule.top_k < vocab;
@@ -125,11 +128,11 @@ float filter_threshold(const float* scaled, int64_t vocab, const SamplingRule& r
   std::vector<int32_t> counts(kBins, 0);
   std::vector<double> masses(kBins, 0.0);
   double total = 0.0;
-  for (int64_t i = 0; i < vocab; ++i) {
-    if (scaled[i] < threshold) continue;
-    const int bin = bin_of(scaled[i]);
-    ++counts[bin];
-    if (by_mass) masses[bin] += exp_negative(scaled[i]);
+  if (by_rank) {
+    for (int64_t i = 0; i < vocab; ++i) counts[bin_of(scaled[i])] += scaled[i] >= threshold;
+  } else {
+    weigh(scaled, vocab, threshold, weights);
+    for (int64_t i = 0; i < vocab; ++i) masses[bin_of(scaled[i])] += weights[i];
   }
   // The first bin whose end satisfies every filter; what is above it can be sorted cheaply.
   int last = 0;
@@ -198,10 +201,11 @@ int32_t sample_row(const float* logits, int64_t vocab, const SamplingRule& rule,
   if (!std::isfinite(largest)) return -1;
   if (rule.temperature <= 0.0f) return static_cast<int32_t>(first_equal(logits, vocab, largest));
   scale_row(logits, vocab, largest, 1.0f / rule.temperature, scratch);
-  weigh(scratch, vocab, filter_threshold(scratch, vocab, rule));
+  float* weights = scratch + vocab;
+  weigh(scratch, vocab, filter_threshold(scratch, vocab, rule, weights), weights);
   std::vector<float> ends;
   ends.reserve(vocab / kBlock + 1);
-  return draw(scratch, vocab, rule.uniform, ends);
+  return draw(weights, vocab, rule.uniform, ends);
 }
 
 }  // namespace aqua

@@ -15,7 +15,7 @@ struct SamplingRule {
 };
 
 // The token for one row of `vocab` logits, or -1 when the largest is not finite. `scratch` holds
-// `vocab` floats and is only used when the temperature is above 0.
+// 2 * vocab floats and is only used when the temperature is above 0.
 int32_t sample_row(const float* logits, int64_t vocab, const SamplingRule& rule, float* scratch);
 
 }  // namespace aqua

@@ -36,8 +36,8 @@ ffi::Error SampleTokens(F32 logits, F32 temperature, I32 top_k, F32 top_p, F32 m
     const aqua::SamplingRule rule{temperature.typed_data()[row], top_k.typed_data()[row],
                                   top_p.typed_data()[row], min_p.typed_data()[row],
                                   uniform.typed_data()[row]};
-    if (rule.temperature > 0.0f && static_cast<int64_t>(scratch.size()) < vocab) {
-      scratch.resize(vocab);
+    if (rule.temperature > 0.0f && static_cast<int64_t>(scratch.size()) < 2 * vocab) {
+      scratch.resize(2 * vocab);
     }
     out[row] = aqua::sample_row(logits.typed_data() + row * vocab, vocab, rule, scratch.data());
   });
