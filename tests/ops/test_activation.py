@@ -68,7 +68,8 @@ def mlp_case(t: int, d: int, f: int, dtype: type) -> tuple[dict[str, Any], np.nd
     """Arguments of gated_mlp and the f64 result over weights rounded to dtype."""
     x, gate_up = data.normal(0, t, d), data.normal(1, d, 2 * f) / np.sqrt(d)
     down, scale = data.normal(2, f, d) / np.sqrt(f), data.normal(3, d)
-    gate_up_bias, down_bias, residual = data.normal(4, 2 * f), data.normal(5, d), data.normal(6, t, d)
+    gate_up_bias, down_bias = data.normal(4, 2 * f), data.normal(5, d)
+    residual = data.normal(6, t, d)
     wide = data.rms_norm(x, scale, 1e-5) @ data.rounded(gate_up, dtype) + gate_up_bias
     expected = data.swiglu(wide) @ data.rounded(down, dtype) + down_bias + residual
     arguments = {
