@@ -34,7 +34,6 @@ class Progress:
         self,
         total: float,
         *,
-        unit: str = "req",
         label: str = "",
         enabled: bool = True,
         initial: float = 0,
@@ -43,29 +42,28 @@ class Progress:
         """
         Args:
           total: amount that is everything.
-          unit: name of what is counted, for the log lines.
           label: words before the bar.
           enabled: False shows nothing.
           initial: amount done before this run (it doesn't count into rates).
           terminal: draw a bar; None: if stderr is a terminal.
         """
         self._total, self._done, self._initial = total, initial, initial
-        self._unit, self._label = unit, label
+        self._label = label
         self._tokens = self._requests = 0
         self._start = self._logged = time.monotonic()
         self._failed = 0
-        self._bar: Any = None
         self._enabled = enabled
-        on_terminal = sys.stderr.isatty() if terminal is None else terminal
-        if enabled and on_terminal:
-            from tqdm import tqdm
+        self._on_terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bar: Any = None  # drawn at the first sign of progress, below what loading logs
 
-            self._bar = tqdm(
-                total=total, initial=initial, desc=label or None, file=sys.stderr,
-                dynamic_ncols=True, smoothing=0.05,
-                bar_format="{desc}{percentage:3.0f}%|{bar}| {postfix}{elapsed}<{remaining}",
-            )
-            self._bar.set_postfix_str(self._counts() + ", ", refresh=True)
+    def _draw(self) -> None:
+        from tqdm import tqdm
+
+        label = f"{self._label}: " if self._label else ""
+        self._bar = tqdm(
+            total=self._total, initial=self._done, file=sys.stderr, dynamic_ncols=True,
+            smoothing=0.05, bar_format=label + "{percentage:3.0f}%|{bar}| {desc}, {remaining} left",
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -111,10 +109,15 @@ class Progress:
         self._show(amount)
 
     def _show(self, amount: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._counts() + ", ", refresh=False)
-            self._bar.update(amount)
-        elif self._enabled and time.monotonic() - self._logged >= LOG_EVERY_S:
+        if not self._enabled:
+            return
+        if self._on_terminal:
+            if self._bar is None:
+                self._draw()
+            else:
+                self._bar.update(amount)
+            self._bar.set_description_str(self._counts(), refresh=False)
+        elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
             _log.info("%s", self.line())
 
@@ -134,5 +137,6 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
+            self._bar.refresh()
             self._bar.close()
             self._bar = None
