@@ -93,10 +93,10 @@ class SamplingParams:
     def _check_integers(self) -> None:
         ranges: dict[str, tuple[int, float, bool]] = {
             "n": (1, 1024, False),
-            "top_k": (-1, math.inf, False),
+            "top_k": (-1, 2**31 - 1, False),
             "seed": (-(2**63), 2**64 - 1, True),
-            "max_tokens": (1, math.inf, True),
-            "min_tokens": (0, math.inf, False),
+            "max_tokens": (1, 2**31 - 1, True),
+            "min_tokens": (0, 2**31 - 1, False),
             "logprobs": (0, LOGPROBS_LIMIT, True),
             "prompt_logprobs": (0, LOGPROBS_LIMIT, True),
         }
