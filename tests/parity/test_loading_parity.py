@@ -106,18 +106,9 @@ def test_llama3_factors() -> None:
     )
 
 
-def test_demo_weights() -> None:
-    # What from_pretrained does, less the accelerate package it wants and the model it builds.
-    loaded = load("demo", dtype="float32")
+def test_demo_weights(demo_reference: dict[str, Any]) -> None:
+    loaded, theirs = load("demo", dtype="float32"), demo_reference
     ours = loaded.config
-    with torch.device("meta"):
-        shape = transformers.LlamaConfig(
-            vocab_size=ours.vocab_size, hidden_size=ours.hidden_size,
-            intermediate_size=ours.intermediate_size, num_hidden_layers=ours.num_layers,
-            num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads,
-        )  # fmt: skip
-        empty = transformers.LlamaForCausalLM(shape)
-    theirs = load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)
     compare(loaded.params, theirs["tensors"], ours)
     config = theirs["config"]
     assert ours.tied_embeddings == config["tie_word_embeddings"]
