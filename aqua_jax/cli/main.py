@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 
 from aqua_jax.cli.flagset import HELP_WIDTH, FlagSet, UsageError
@@ -197,6 +198,10 @@ def run() -> None:
     except BrokenPipeError:
         _detach_stdout()
         status = BROKEN_PIPE
+    except Exception:
+        # Ours, not the user's: show where. Not Python's status 1, which says "some failed" here.
+        traceback.print_exc()
+        status = FAILED
     sys.exit(status)
 
 
