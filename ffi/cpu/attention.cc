@@ -196,8 +196,6 @@ class Attention {
     t.locate = &locate;
     t.context = &where;
     t.value_offset = half_;
-    t.key_stride = token_;
-    t.page_tokens = p_.page_tokens;
     t.scratch = scratch(tile_scratch(item.rows * group, shape_.head_dim));
     attend_tile_(t);
   }

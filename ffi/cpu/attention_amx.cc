@@ -19,9 +19,8 @@ void Math::enter() {
 // Tiles in use would make every thread switch save 8 KiB more.
 void Math::leave() { _tile_release(); }
 
-void Math::multiply32(const bf16_t* a0, int64_t step0, const bf16_t* a1, int64_t step1,
-                      const bf16_t* b, int64_t b_step, int64_t b_half, int chunks, bool add,
-                      float* c) {
+void Math::multiply32(const bf16_t* a, int64_t a_step, const bf16_t* b, int64_t b_step,
+                      int64_t b_half, int chunks, bool add, float* c) {
   constexpr int kStep = 32 * sizeof(float);
   if (add) {
     _tile_loadd(0, c, kStep);
@@ -36,10 +35,10 @@ void Math::multiply32(const bf16_t* a0, int64_t step0, const bf16_t* a1, int64_t
   }
   for (int i = 0; i < chunks; ++i) {
     const bf16_t* b_chunk = b + i * 8 * b_step;  // 16 pairs, b_step / 2 elements each
-    _tile_loadd(4, a0 + i * 32, step0);
+    _tile_loadd(4, a + i * 32, a_step);
     _tile_loadd(6, b_chunk, b_step);
     _tile_loadd(7, b_chunk + b_half, b_step);
-    _tile_loadd(5, a1 + i * 32, step1);
+    _tile_loadd(5, a + i * 32 + 8 * a_step, a_step);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);

@@ -9,14 +9,11 @@ namespace {
 void Math::enter() {}
 void Math::leave() {}
 
-void Math::multiply32(const bf16_t* a0, int64_t step0, const bf16_t* a1, int64_t step1,
-                      const bf16_t* b, int64_t b_step, int64_t b_half, int chunks, bool add,
-                      float* c) {
+void Math::multiply32(const bf16_t* a, int64_t a_step, const bf16_t* b, int64_t b_step,
+                      int64_t b_half, int chunks, bool add, float* c) {
   constexpr int kRows = kAccumulators / 2;
   for (int row = 0; row < 32; row += kRows) {
-    const char* a = reinterpret_cast<const char*>(row < 16 ? a0 : a1);
-    const int64_t step = row < 16 ? step0 : step1;
-    a += row % 16 * step;
+    const char* rows = reinterpret_cast<const char*>(a) + row * a_step;
     const char* pair = reinterpret_cast<const char*>(b);
     float* out = c + row * 32;
     vf sum[kRows][2];
@@ -29,7 +26,7 @@ void Math::multiply32(const bf16_t* a0, int64_t step0, const bf16_t* a1, int64_t
       const __m512bh b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(pair + b_half * 2));
       for (int r = 0; r < kRows; ++r) {
         int32_t two;
-        memcpy(&two, a + r * step + k * 4, 4);
+        memcpy(&two, rows + r * a_step + k * 4, 4);
         const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
         sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, b0);
         sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, b1);

@@ -25,8 +25,6 @@ struct TileProblem {
   void (*locate)(const void* context, int64_t first, int count, const void** rows) = nullptr;
   const void* context = nullptr;
   int64_t value_offset = 0;  // bytes from a key to its value
-  int64_t key_stride = 0;    // bytes from one key to the next in the same page
-  int64_t page_tokens = 0;
   float* scratch = nullptr;  // tile_scratch() floats, 64-byte aligned
 };
 
