@@ -13,6 +13,7 @@ from aqua_jax.batch.lines import Line, parse_object, read_lines
 from aqua_jax.batch.openai import parse_openai
 from aqua_jax.batch.records import error_record, failure_record, success_record
 from aqua_jax.batch.requests import (
+    OWN,
     BatchRequest,
     RequestId,
     is_openai,
@@ -230,7 +231,7 @@ class Job:
             prompt = self._prompt(request)
             self._engine.add_request(name, prompt, self._seeded(request), user=request.user)
         except RequestError as error:
-            self._refuse(request.id, request.line, request.size, error, request.dialect != "own")
+            self._refuse(request.id, request.line, request.size, error, request.dialect != OWN)
             return
         self._live[name] = request
 

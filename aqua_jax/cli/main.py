@@ -51,7 +51,8 @@ COMMANDS = (
         "Runs a JSONL file of requests and appends each result to the output as it finishes. "
         "Interrupted or killed, the same command finishes the job. Lines are "
         '{"id", "prompt" or "messages", sampling fields} or OpenAI Batch requests '
-        "(custom_id, method, url, body).",
+        "(custom_id, method, url, body). Exit status: 0 all answered, 1 some lines ended as error "
+        "records, 2 the job could not run, 130 interrupted.",
         (
             "aqua-jax batch --model=demo --input=in.jsonl --output=out.jsonl",
             "aqua-jax batch --model=DIR --input=in.jsonl --output=out.jsonl --max_new_tokens=64",

@@ -49,16 +49,20 @@ def answers(path):
 
 def test_a_job_with_good_and_bad_lines(flags, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_job(source, 6, ["nonsense", '{"id": "i0", "prompt": "again"}', '{"id": "z", "x": 1}'])
+    write_job(source, 6, ["nonsense", '{"id": "i0", "prompt": "again"}', '{"id": "z", "x": 1}',
+                           json.dumps({"id": "long", "prompt": "fox " * 3000})])
     done = run_command("batch", *flags, f"--input={source}", f"--output={target}")
     assert done.returncode == 1 and done.stdout == "", done.stderr
-    assert "6 answered, 3 errors" in done.stderr
+    assert "6 answered, 4 errors" in done.stderr
     said, count = answers(target)
-    assert count == 9 and set(said) == {"i0", "i1", "c2", "i3", "i4", "c5", "z"}
+    assert count == 10 and set(said) == {"i0", "i1", "c2", "i3", "i4", "c5", "z", "long"}
+    errors = [json.loads(line).get("error") for line in target.read_text().splitlines()]
+    fields = {error["line"]: error["field"] for error in errors if error}
+    assert fields == {7: "line", 8: "id", 9: "x", 10: "prompt"}
     before = target.read_bytes()
     done = run_command("batch", *flags, f"--input={source}", f"--output={target}")
     assert done.returncode == 1 and target.read_bytes() == before
-    assert "0 answered, 0 errors, 9 already there" in done.stderr
+    assert "0 answered, 0 errors, 10 already there" in done.stderr
 
 
 def wait_for_records(process, path, count):
@@ -73,25 +77,25 @@ def wait_for_records(process, path, count):
 def test_killed_at_random_moments_each_id_is_answered_once_with_the_same_text(flags, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     whole = tmp_path / "whole.jsonl"
-    count = 90
+    count = 60
     write_job(source, count)
     arguments = ["batch", *flags, "--max_live_requests=6", f"--input={source}"]
     done = run_command(*arguments, f"--output={whole}")
     assert done.returncode == 0, done.stderr
     draw = random.Random(3)
     kills = 0
-    for _ in range(scaled(4)):
+    for _ in range(scaled(3)):
         have = target.read_bytes().count(b"\n") if target.exists() else 0
         with subprocess.Popen(
             command(*arguments, f"--output={target}"), cwd=ROOT, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
-            if wait_for_records(process, target, have + 1 + draw.randrange(10)):
+            if wait_for_records(process, target, have + 1 + draw.randrange(8)):
                 time.sleep(draw.random() * 0.02)
                 process.send_signal(signal.SIGKILL)
                 kills += 1
             process.wait(60)
-    assert kills >= 3
+    assert kills >= 2
     done = run_command(*arguments, f"--output={target}")
     assert done.returncode == 0, done.stderr
     assert "already there" in done.stderr and f"{count} answered" not in done.stderr
