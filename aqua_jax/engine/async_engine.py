@@ -233,7 +233,7 @@ class AsyncEngine:
                 continue
             if output.finished:
                 del self._mailboxes[output.request_id]
-            mailbox.put(output)
+            mailbox.put(output.copy())  # the engine goes on changing its own
 
     def _end(self, reason: BaseException | None) -> None:
         """Tells every consumer why there is nothing more to come, and closes the engine."""

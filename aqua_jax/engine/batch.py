@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -31,7 +32,7 @@ class VectorLayout:
         self.slices: dict[str, tuple[slice, tuple[int, ...]]] = {}
         offset = 0
         for name, shape in fields.items():
-            size = int(np.prod(shape, dtype=np.int64))
+            size = math.prod(shape)
             self.slices[name] = (slice(offset, offset + size), shape)
             offset += size
         self.size = offset
@@ -70,6 +71,7 @@ class ForwardBatch:
     sample_rows: jax.Array  # i32[S]: flat row of each token to sample; 0 past the valid ones
 
     @staticmethod
+    @functools.cache
     def layout(tokens: int, sequences: int, table_width: int) -> VectorLayout:
         """Layout of the packed vector for T `tokens`, S `sequences`, M `table_width`."""
         return VectorLayout({
@@ -121,6 +123,7 @@ class SampleBatch:
     )
 
     @staticmethod
+    @functools.cache
     def layout(rows: int) -> VectorLayout:
         """Layout of the packed vector for R `rows`; floats travel as their bits."""
         r = (rows,)

@@ -22,7 +22,7 @@ from aqua_jax.engine.detokenizer import Detokenizer
 from aqua_jax.engine.metrics import EngineMetrics
 from aqua_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from aqua_jax.engine.request import Request, Sample
-from aqua_jax.engine.runner import Runner, StepRecord
+from aqua_jax.engine.runner import PromptRows, Runner, StepRecord
 from aqua_jax.errors import EngineDeadError, RequestError
 from aqua_jax.prompts import Prompt
 from aqua_jax.scheduling.sequence import Sequence, Status
@@ -96,12 +96,12 @@ class Engine:
             params, self.model_config.vocab_size, BANNED_TOKENS, len(self._eos)
         )
         arrival = time.monotonic() if arrival is None else arrival
-        request = Request(
-            request_id, text, ids, params,
-            inputs.request_key(params.seed, self.config.seed, next(self._numbers)),
-            RequestMetrics(arrival), [],
+        output = RequestOutput(
+            request_id, text, ids, [], False, RequestMetrics(arrival),
             [None] * len(ids) if params.prompt_logprobs is not None else None,
         )
+        key = inputs.request_key(params.seed, self.config.seed, next(self._numbers))
+        request = Request(params, key, output)
         limit = self.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(ids) + params.max_tokens)
@@ -114,7 +114,7 @@ class Engine:
                 no_prefix_read=params.prompt_logprobs is not None and index == 0,
             )
             parent = parent or sequence
-            request.samples.append(self._make_sample(sequence, params, index))
+            request.add_sample(self._make_sample(sequence, params, index))
         for sample in request.samples:
             self._scheduler.add(sample.sequence)  # refuses the first one or none
             self._samples[sample.sequence.seq_id] = (request, sample)
@@ -150,8 +150,8 @@ class Engine:
         """Dispatch the next step and take in the tokens of the one before.
 
         Returns:
-          The requests that changed, cumulative. Empty lists are normal (the first step of a run
-          has nothing before it).
+          The requests that changed: their live outputs, which later steps go on changing. Empty
+          lists are normal (the first step of a run has nothing before it).
 
         Raises:
           EngineDeadError: the engine has stopped; every live request has been ended with an error.
@@ -254,16 +254,15 @@ class Engine:
         now = time.monotonic()
         if packed is not None:
             tokens = packed[:, 0].tolist()
-            for index, row in enumerate(record.rows):
-                sequence = row.sequence
-                if sequence.seq_id not in self._samples or sequence.status is Status.FINISHED:
+            for index, sequence in enumerate(record.rows):
+                if sequence.status is Status.FINISHED:
                     self.metrics.discarded_tokens += 1
                     continue
-                request, sample = self._lookup(sequence)
+                request, sample = self._samples[sequence.seq_id]
                 self._take_token(request, sample, tokens[index], packed[index], now)
-                changed[request.request_id] = request
+                changed[sequence.request_id] = request
         return [
-            self._retire(request) if request.finished else request.snapshot()
+            request.output if request.unfinished else self._retire(request)
             for request in changed.values()
         ]
 
@@ -272,11 +271,11 @@ class Engine:
     ) -> None:
         sequence, output = sample.sequence, sample.output
         if token < 0:
-            request.error = "the model produced logits that are not finite (NaN or infinity)"
+            request.output.error = "the model produced logits that are not finite (NaN or infinity)"
             self._end_sample(request, sample, "error")
             return
         self._scheduler.accept(sequence, token)
-        metrics = request.metrics
+        metrics = request.output.metrics
         if metrics.first_token_time is None:
             metrics.first_token_time = now
         metrics.num_output_tokens += 1
@@ -319,32 +318,36 @@ class Engine:
             output.text = sample.detokenizer.text
             if stop is not None and reason == "length":
                 output.finish_reason, output.stop_reason = "stop", stop
+        request.unfinished -= 1
         self._scheduler.finish(sample.sequence)
 
-    def _take_prompt_logprobs(self, rows: Any, packed: np.ndarray) -> None:
-        if rows.sequence.seq_id not in self._samples:
+    def _take_prompt_logprobs(self, rows: PromptRows, packed: np.ndarray) -> None:
+        if rows.sequence.status is Status.FINISHED:
             return
         request, _ = self._lookup(rows.sequence)
-        assert request.prompt_logprobs is not None and request.params.prompt_logprobs is not None
+        output = request.output
+        assert output.prompt_logprobs is not None and request.params.prompt_logprobs is not None
         for offset in range(rows.count):
             position = rows.first_position + offset + 1
-            request.prompt_logprobs[position] = logprobs.unpack_row(
-                packed[rows.first_row + offset], request.prompt_token_ids[position],
+            output.prompt_logprobs[position] = logprobs.unpack_row(
+                packed[rows.first_row + offset], output.prompt_token_ids[position],
                 request.params.prompt_logprobs, self.tokenizer,
             )
 
     def _retire(self, request: Request) -> RequestOutput:
-        request.metrics.finished_time = time.monotonic()
-        del self._requests[request.request_id]
+        output = request.output
+        output.finished = True
+        output.metrics.finished_time = time.monotonic()
+        del self._requests[output.request_id]
         for sample in request.samples:
             del self._samples[sample.sequence.seq_id]
             self.metrics.recomputed_tokens += sample.sequence.num_lost
         self.metrics.requests_finished += 1
-        self.metrics.cached_tokens += request.metrics.num_cached_tokens
-        return request.snapshot()
+        self.metrics.cached_tokens += output.metrics.num_cached_tokens
+        return output
 
     def _fail(self, request: Request, why: str) -> RequestOutput:
-        request.error = why
+        request.output.error = why
         for sample in request.samples:
             if not sample.output.finished:
                 self._end_sample(request, sample, "error")

@@ -32,6 +32,7 @@ from aqua_jax.ops.attention import AttentionMetadata, paged_attention
 from aqua_jax.ops.pages import copy_pages
 
 Params = dict[str, jax.Array]
+Leaves = tuple[jax.Array, ...]  # parameters in `Programs.names` order: no keys to sort per call
 _LOGPROB_BLOCK = 64  # prompt rows whose logits exist at one time
 
 
@@ -56,7 +57,9 @@ class Programs:
 
     def __init__(self, graphdef: Any, params: Params, kv: jax.Array, spec: StepSpec):
         self._graphdef, self._spec = graphdef, spec
-        self._params = jax.tree.map(_shape_of, params)
+        self.names = tuple(params)
+        self._hidden_size = params["norm.scale"].shape[0]
+        self._params = tuple(_shape_of(array) for array in params.values())
         self._kv = _shape_of(kv)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
@@ -67,14 +70,14 @@ class Programs:
 
     # The three programs, as plain functions.
 
-    def _model(self, params: Params) -> Decoder:
-        return merge(self._graphdef, params)
+    def _model(self, params: Leaves) -> Decoder:
+        return merge(self._graphdef, dict(zip(self.names, params, strict=True)))
 
     def _rows(self, counts: jax.Array) -> jax.Array | None:
         return counts[:1] if self._spec.counts_rows else None
 
     def _forward(
-        self, params: Params, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array
+        self, params: Leaves, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec = self._spec
         tokens = self._tokens_of(vector)
@@ -114,7 +117,7 @@ class Programs:
         return kv, hidden[batch.sample_rows], hidden
 
     def _sample(
-        self, rows: int, variant: SampleVariant, params: Params, picked: jax.Array,
+        self, rows: int, variant: SampleVariant, params: Leaves, picked: jax.Array,
         vector: jax.Array, last_tokens: jax.Array, history: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         batch = SampleBatch.unpack(vector, SampleBatch.layout(rows))
@@ -205,7 +208,7 @@ class Programs:
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
         spec = self._spec
-        hidden_size = self._hidden_size()
+        hidden_size = self._hidden_size
         i32 = jnp.int32
         args: tuple[Any, ...]
         last = jax.ShapeDtypeStruct((spec.sequences,), i32)
@@ -231,9 +234,6 @@ class Programs:
                 jax.ShapeDtypeStruct((key[1],), i32),
             )
         return jitted.lower(*args).compile()
-
-    def _hidden_size(self) -> int:
-        return self._params["norm.scale"].shape[0]
 
     def _tokens_of(self, vector: jax.Array) -> int:
         spec = self._spec

@@ -15,20 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqua_jax.engine.batch import BANNED_TOKENS, ForwardBatch, SampleBatch
+from aqua_jax.engine.batch import ForwardBatch, SampleBatch
 from aqua_jax.engine.programs import Params, Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.sampler import SampleVariant
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.sequence import Sequence
 
-
-@dataclasses.dataclass(frozen=True)
-class SampledRow:
-    """Whose token a row of a step's result is."""
-
-    sequence: Sequence
-    epoch: int  # of the slot at dispatch; a mismatch on arrival means the token is stale
+Lookup = Callable[[Sequence], tuple[Request, Sample]]  # of a live, scheduled sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +40,7 @@ class StepRecord:
     """A dispatched step whose tokens the host has not read yet."""
 
     step_id: int
-    rows: tuple[SampledRow, ...]
+    rows: tuple[Sequence, ...]  # whose token each row is; it may have ended since
     packed: jax.Array | None  # i32[R, W], None when no row wanted a token
     prompt_rows: tuple[PromptRows, ...]
     prompt_packed: jax.Array | None  # i32[T, W]
@@ -56,23 +50,28 @@ class StepRecord:
 class SlotState:
     """Sampling parameters and page tables of resident sequences, by slot (host arrays)."""
 
-    def __init__(self, slots: int, table_width: int):
-        self.layout = SampleBatch.layout(slots)
-        self.sampling = SampleBatch.host_views(np.zeros(self.layout.size, np.int32), self.layout)
+    def __init__(self, slots: int, table_width: int, lookup: Lookup):
+        self.sampling = SampleBatch.host_views(
+            np.zeros(SampleBatch.layout(slots).size, np.int32), SampleBatch.layout(slots)
+        )
         self.page_table = np.full((slots, table_width), -1, np.int32)
+        self.min_tokens = np.zeros(slots, np.int32)  # 0 where no id is held back until then
+        self.penalised = np.zeros(slots, bool)
+        self.logprobs = np.zeros(slots, bool)
+        self._lookup = lookup
         self._owner = [(-1, -1)] * slots  # (seq_id, epoch)
         self._filled = [0] * slots
 
-    def refresh(self, sequence: Sequence, request: Request, sample: Sample) -> None:
+    def refresh(self, sequence: Sequence) -> None:
         """Bring the slot of a scheduled sequence up to date: O(new pages)."""
-        slot, owner = sequence.slot, (sequence.seq_id, sequence.epoch)
-        if self._owner[slot] != owner:
-            self._owner[slot] = owner
+        slot = sequence.slot
+        if self._owner[slot] != (sequence.seq_id, sequence.epoch):
+            self._owner[slot] = (sequence.seq_id, sequence.epoch)
             self._filled[slot] = 0
-            self._fill_sampling(slot, request, sample)
+            self._fill_sampling(slot, *self._lookup(sequence))
         filled, pages = self._filled[slot], sequence.pages
         if filled < len(pages):
-            self.page_table[slot, filled:len(pages)] = [h.id for h in pages[filled:]]
+            self.page_table[slot, filled : len(pages)] = [handle.id for handle in pages[filled:]]
             self._filled[slot] = len(pages)
 
     def _fill_sampling(self, slot: int, request: Request, sample: Sample) -> None:
@@ -86,9 +85,12 @@ class SlotState:
             views[name][slot] = getattr(params, name)
         views["key_data"][slot] = request.key_data
         views["sample_index"][slot] = sample.output.index
-        views["prompt_lens"][slot] = len(request.prompt_token_ids)
+        views["prompt_lens"][slot] = sample.sequence.prompt_len
         views["banned"][slot] = -1
         views["banned"][slot, : len(sample.banned)] = sample.banned
+        self.min_tokens[slot] = params.min_tokens if sample.banned else 0
+        self.penalised[slot] = params.penalised
+        self.logprobs[slot] = params.logprobs is not None
 
 
 class Runner:
@@ -96,7 +98,7 @@ class Runner:
 
     def __init__(
         self, programs: Programs, params: Params, make_kv: Callable[[], jax.Array],
-        kv: jax.Array, spec: StepSpec, lookup: Callable[[Sequence], tuple[Request, Sample]],
+        kv: jax.Array, spec: StepSpec, lookup: Lookup,
     ):
         """Args:
           programs: compiled programs.
@@ -106,11 +108,12 @@ class Runner:
           spec: constants of the programs.
           lookup: the request and sample of a scheduled sequence.
         """
-        self.programs, self._params, self._spec = programs, params, spec
+        self.programs, self._spec = programs, spec
+        self._params = tuple(params[name] for name in programs.names)
         self._make_kv, self._kv = make_kv, kv
         self._lookup = lookup
         self._last_tokens = jnp.zeros((spec.sequences,), jnp.int32)
-        self._slots = SlotState(spec.sequences, spec.table_width)
+        self._slots = SlotState(spec.sequences, spec.table_width, lookup)
 
     def dispatch(self, plan: Plan) -> StepRecord:
         """Enqueue one step; returns before it has run."""
@@ -120,7 +123,7 @@ class Runner:
         self._kv, picked, hidden = forward(self._params, self._kv, vector, self._last_tokens)
         packed = self._sample(sampled, picked) if sampled else None
         prompt_rows, prompt_packed = self._prompt_logprobs(plan, hidden, bucket)
-        rows = tuple(SampledRow(c.sequence, c.sequence.epoch) for c in sampled)
+        rows = tuple(chunk.sequence for chunk in sampled)
         return StepRecord(plan.step_id, rows, packed, prompt_rows, prompt_packed, picked)
 
     @staticmethod
@@ -140,7 +143,8 @@ class Runner:
     def close(self) -> None:
         """Drop device memory."""
         jax.block_until_ready(self._kv)
-        self._kv = self._params = None  # type: ignore[assignment]
+        self._kv = None  # type: ignore[assignment]
+        self._params = ()
 
     @property
     def kv(self) -> jax.Array:
@@ -153,68 +157,64 @@ class Runner:
         layout = ForwardBatch.layout(bucket, spec.sequences, spec.table_width)
         vector = np.zeros(layout.size, np.int32)
         views = layout.views(vector)
-        starts, tokens = views["query_starts"], views["tokens"]
-        row, sample_row = 0, 0
-        slots = []
-        for index, chunk in enumerate(chunks):
-            sequence, count = chunk.sequence, chunk.count
-            self._slots.refresh(sequence, *self._lookup(sequence))
-            slots.append(sequence.slot)
-            starts[index] = row
-            end = row + count
-            if count == 1:
-                known = chunk.start < len(sequence.tokens)
-                tokens[row] = sequence.tokens[chunk.start] if known else -1 - sequence.slot
-                views["positions"][row] = chunk.start
-            else:
-                ids = sequence.tokens[chunk.start : chunk.start + count]
-                tokens[row : row + len(ids)] = ids
-                tokens[row + len(ids) : end] = -1 - sequence.slot  # at most the one in flight
-                views["positions"][row:end] = np.arange(chunk.start, chunk.start + count)
-            views["prompt_lens"][row:end] = sequence.prompt_len
-            views["kv_lens"][index] = chunk.start + count
-            if chunk.sample:
-                views["sample_rows"][sample_row] = end - 1
-                sample_row += 1
-            row = end
-        starts[len(chunks) :] = row
+        # Lists first, one conversion at the end: a NumPy item assignment costs five times a list's.
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        for chunk in chunks:
+            sequence, start, count = chunk.sequence, chunk.start, chunk.count
+            self._slots.refresh(sequence)
+            starts.append(len(tokens))
+            ends.append(start + count)
+            known = sequence.tokens
+            if start + count <= len(known):
+                tokens += known[start : start + count]
+            else:  # the last one is still on the device, under its slot
+                tokens += known[start:]
+                tokens.append(-1 - sequence.slot)
+            positions += range(start, start + count)
+            views["prompt_lens"][starts[-1] : len(tokens)] = sequence.prompt_len
+        rows = len(tokens)
+        views["tokens"][:rows] = tokens
+        views["positions"][:rows] = positions
+        views["query_starts"][: len(chunks)] = starts
+        views["query_starts"][len(chunks) :] = rows
+        views["kv_lens"][: len(chunks)] = ends
+        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
+        views["sample_rows"][: len(sampled)] = views["query_starts"][1:][sampled] - 1
+        slots = [chunk.sequence.slot for chunk in chunks]
         views["page_table"][: len(chunks)] = self._slots.page_table[slots]
         for index, (source, target) in enumerate(plan.copies):
             views["copy_sources"][index] = source
             views["copy_targets"][index] = target
-        views["counts"][:] = (row, len(chunks), len(plan.copies))
+        views["counts"][:] = (rows, len(chunks), len(plan.copies))
         return vector, bucket
 
     def _sample(self, sampled: Sequence_[Chunk], picked: jax.Array) -> jax.Array:
-        spec = self._spec
+        spec, by_slot = self._spec, self._slots
         bucket = spec.buckets.row_bucket(len(sampled))
         layout = SampleBatch.layout(bucket)
         vector = np.zeros(layout.size, np.int32)
         views = SampleBatch.host_views(vector, layout)
         slots = [chunk.sequence.slot for chunk in sampled]
         count = len(slots)
-        for name, by_slot in self._slots.sampling.items():
+        for name, values in by_slot.sampling.items():
             if name not in ("counts", "token_index", "history_lens"):
-                views[name][:count] = by_slot[slots]
+                views[name][:count] = values[slots]
         views["counts"][0] = count
         views["slots"][count:] = spec.sequences
+        before = np.array([chunk.start + chunk.count for chunk in sampled], np.int32)
+        views["history_lens"][:count] = before
+        views["token_index"][:count] = before - views["prompt_lens"][:count]
+        holds_back = views["token_index"][:count] < by_slot.min_tokens[slots]
+        views["banned"][:count][~holds_back] = -1
         views["banned"][count:] = -1
-        edits = logprobs = False
-        for row, chunk in enumerate(sampled):
-            sequence = chunk.sequence
-            before = chunk.start + chunk.count  # tokens known to the model when it samples
-            index = before - sequence.prompt_len
-            views["token_index"][row] = index
-            views["history_lens"][row] = before
-            request, sample = self._lookup(sequence)
-            if index >= request.params.min_tokens:
-                views["banned"][row] = -1
-            elif sample.banned:
-                edits = True
-            edits |= request.params.penalised
-            logprobs |= request.params.logprobs is not None
-        variant = SampleVariant(edits, logprobs)
-        history = self._history(sampled, bucket) if edits else None
+        variant = SampleVariant(
+            edits=bool(holds_back.any() or by_slot.penalised[slots].any()),
+            logprobs=bool(by_slot.logprobs[slots].any()),
+        )
+        history = self._history(sampled, bucket) if variant.edits else None
         self._last_tokens, packed = self.programs.sample(bucket, variant)(
             self._params, picked, vector, self._last_tokens, history
         )
@@ -237,9 +237,8 @@ class Runner:
         row = 0
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            request, sample = self._lookup(sequence)
             count = min(chunk.count, sequence.prompt_len - 1 - chunk.start)
-            if request.prompt_logprobs is not None and sample.output.index == 0 and count > 0:
+            if count > 0 and self._wants_prompt_logprobs(sequence):
                 if targets is None:
                     targets = np.zeros(bucket, np.int32)
                 first = chunk.start + 1
@@ -252,4 +251,6 @@ class Runner:
         return tuple(wanted), program(self._params, hidden, targets)
 
 
-__all__ = ["BANNED_TOKENS", "PromptRows", "Runner", "SampledRow", "SlotState", "StepRecord"]
+    def _wants_prompt_logprobs(self, sequence: Sequence) -> bool:
+        request, sample = self._lookup(sequence)
+        return request.params.prompt_logprobs is not None and sample.output.index == 0
