@@ -70,8 +70,8 @@ test-packaging: setup  ## Build sdist and wheel, install elsewhere, import
 
 sanitize: $(VENV)/.stamp-install  ## The C++ tests under the address and undefined-behaviour sanitizers
 	@export PATH="$(abspath $(BIN)):$$PATH"
-	cmake -S . -B build/sanitize -DAQUA_SANITIZE=ON -DAQUA_JAXLIB_INCLUDE=none
-	cmake --build build/sanitize --parallel $(JOBS)
+	cmake -S . -B build/sanitize -DAQUA_SANITIZE=ON
+	cmake --build build/sanitize --target kernel_tests --parallel $(JOBS)
 	ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 lint: $(VENV)/.stamp-install  ## Ruff, and mypy on the public API
