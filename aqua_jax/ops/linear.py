@@ -22,6 +22,7 @@ Legend: T rows, k input features, n output features, V vocabulary.
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import jax
@@ -32,6 +33,8 @@ from aqua_jax.ops import library
 
 PANEL = 64  # output columns of a panel
 LINES = 16  # lines of a step
+_PACK_PANELS = 8  # that `pack` takes at a time, so that it reads rows in runs of 1 KiB
+_HUGE_PAGE = 2 * 1024 * 1024  # bytes
 
 Norm = tuple[jax.Array, float]  # RMSNorm before the product: scale f32 [k], eps
 
@@ -58,8 +61,9 @@ def is_packed(w: Any) -> bool:
 def pack(w: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
     """The packed layout of a matrix.
 
-    Goes panel by panel: beside the result it needs 64 columns, so a view of a memory-mapped file
-    streams through. A tied head is `pack(embedding.T, dtype)`.
+    Goes over blocks of columns: beside the result it needs 512 of them, so a view of a memory-mapped file
+    streams through. Hand the result to `jax.device_put`, which takes its memory over; `jnp.asarray`
+    copies it. A tied head is `pack(embedding.T, dtype)`.
 
     Args:
       w: [k, n], any float dtype and any strides.
@@ -72,19 +76,45 @@ def pack(w: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
         raise ValueError(f"w has shape {w.shape}; only matrices can be packed")
     k, n = w.shape
     shape = packed_shape(k, n, dtype)
-    out = np.zeros(shape, jnp.dtype(dtype))
-    pair = 2 if len(shape) == 5 else 1
-    # Bits, since numpy copies 16-bit integers many times faster than a registered dtype.
-    bits = np.uint16 if pair == 2 else np.uint32
-    panel = np.zeros((shape[1] * LINES * pair, PANEL), bits)
-    for index in range(shape[0]):
-        columns = np.asarray(w[:, index * PANEL : (index + 1) * PANEL], dtype=out.dtype)
-        if columns.shape[1] < PANEL:
-            panel[:] = 0
-        panel[:k, : columns.shape[1]] = columns.view(bits)
-        steps = panel.reshape(shape[1], LINES, pair, PANEL).transpose(0, 1, 3, 2)
-        out[index].view(bits)[...] = steps if pair == 2 else steps[..., 0]
+    out = _zeros(shape, jnp.dtype(dtype))
+    paired = len(shape) == 5
+    # Bits, since numpy handles 16-bit integers many times faster than a registered dtype.
+    bits = np.uint16 if paired else np.uint32
+    block = np.zeros((shape[1] * LINES * (2 if paired else 1), _PACK_PANELS * PANEL), bits)
+    lanes = out.reshape(-1).view(np.uint32).reshape(shape[0], shape[1] * LINES, PANEL)
+    for first in range(0, shape[0], _PACK_PANELS):
+        columns = np.asarray(w[:, first * PANEL : (first + _PACK_PANELS) * PANEL], dtype=out.dtype)
+        if columns.shape[1] < block.shape[1]:
+            block[:] = 0
+        block[:k, : columns.shape[1]] = columns.view(bits)
+        for index in range(first, min(first + _PACK_PANELS, shape[0])):
+            panel = block[:, (index - first) * PANEL :][:, :PANEL]
+            if paired:  # two k to a 32-bit lane, the first in the lower half
+                np.left_shift(panel[1::2], 16, out=lanes[index], dtype=np.uint32)
+                lanes[index] |= panel[0::2]
+            else:
+                lanes[index] = panel
     return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A zeroed array that `jax.device_put` takes over without a copy, in huge pages if it is large.
+
+    Reading 98 MB of weights on two threads took 8.0 core-ms in 4 KiB pages and 6.6 in 2 MiB ones.
+    An array of more than 1 MiB may keep up to 2 MiB more resident than it holds.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    huge = hasattr(mmap, "MADV_HUGEPAGE") and size > _HUGE_PAGE // 2
+    alignment = _HUGE_PAGE if huge else 64
+    memory: Any
+    if huge:
+        memory = mmap.mmap(-1, size + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = np.zeros(size + alignment, np.uint8)
+    data = np.frombuffer(memory, np.uint8)
+    start = -data.ctypes.data % alignment
+    return data[start : start + size].view(dtype).reshape(shape)
 
 
 def unpack(packed: Any, k: int, n: int) -> Any:
