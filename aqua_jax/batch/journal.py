@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aqua_jax.batch.lines import json_line
 from aqua_jax.batch.requests import RequestId
 from aqua_jax.errors import AquaError
 
@@ -173,8 +174,7 @@ class Journal:
           JournalError: an earlier write failed.
         """
         self._check()
-        data = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        self._queue.put(data.encode("utf-8", "replace"))
+        self._queue.put(json_line(record).encode())
 
     def flush(self) -> None:
         """Waits until everything appended is on the disk.

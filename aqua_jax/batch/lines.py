@@ -1,4 +1,4 @@
-"""Reads a JSONL file line by line in bounded memory. No jax."""
+"""JSONL, read line by line in bounded memory, and written. No jax."""
 
 from __future__ import annotations
 
@@ -96,6 +96,22 @@ def parse_object(line: Line) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError("line", value, "a JSON object")
     return value
+
+
+# Legal in JSON strings, but line ends to some readers (Python's str.splitlines among them).
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, its end included; lone surrogates become question marks.
+
+    Raises:
+      ValueError: a number that JSON can't write.
+    """
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS).encode("utf-8", "replace").decode("utf-8")
+    return text + "\n"
 
 
 def _excerpt(data: bytes) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 from aqua_jax.cli import flags as common
 from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.signals import stop_signals
 
 _log = logging.getLogger(__name__)
+
+_STOPPING = "\naqua-jax: stopping after this step (again: at once)"
 
 
 def define(flags: FlagSet) -> None:
@@ -32,37 +30,6 @@ def define(flags: FlagSet) -> None:
         flags.switch("progress", True, "Show progress on standard error.")
     common.define_sampling_flags(flags, "Sampling, for lines that don't say")
     common.define_engine_flags(flags)
-
-
-class StopSignal:
-    """Whether Ctrl-C or a request to end has come, and which."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __call__(self) -> bool:
-        """Whether one has come."""
-        return self.number != 0
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: the first asks to stop after the current step, a second stops at once."""
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        print("\naqua-jax: stopping after this step (again: at once)", file=sys.stderr)
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopSignal]:
-    """Within, SIGINT and SIGTERM set a flag instead of ending the process."""
-    stop = StopSignal()
-    before = {number: signal.signal(number, stop.handle)
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_paths(source: str | None, target: str | None) -> tuple[str, str]:
@@ -98,22 +65,21 @@ def run(flags: FlagSet) -> int:
 
         return Engine(config)
 
-    journal = Journal(target)
-    try:
-        with open(source, "rb") as file:
-            total = os.fstat(file.fileno()).st_size
+    progress = Progress(os.path.getsize(source), enabled=flags.progress)
+    with stop_signals(_STOPPING) as stop:
+        journal = Journal(target)
+        try:
             job = Job(
                 journal, make_engine, defaults=defaults, model=config.model, seed=config.seed,
                 max_live=flags.max_live_requests or 4 * config.max_num_seqs,
             )
-            with stop_signals() as stop, Progress(total, enabled=flags.progress) as progress:
+            with open(source, "rb") as file, progress:
                 result = job.run(file, progress, stop)
-                rate = progress.tokens_per_second
-    finally:
-        journal.close()
+        finally:
+            journal.close()
     _log.info(
         "%d answered, %d errors, %d already there; %d tokens, %.0f tokens/s", result.answered,
-        result.errors, result.skipped, result.output_tokens, rate,
+        result.errors, result.skipped, result.output_tokens, progress.tokens_per_second,
     )
     if result.interrupted:
         _log.info("interrupted: the same command goes on from here")

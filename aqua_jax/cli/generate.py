@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from typing import Any
 
 from aqua_jax.cli import flags as common
 from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.signals import stop_signals
 from aqua_jax.errors import FieldError, RequestError
 
 
@@ -139,7 +141,7 @@ def run(flags: FlagSet) -> int:
     """Answers the prompts.
 
     Returns:
-      0: all answered; 1: the engine ended some of them with an error.
+      0: all answered; 1: the engine ended some of them with an error; 143: told to end.
     """
     config = common.engine_config(flags)
     params = common.sampling_params(flags)
@@ -169,9 +171,13 @@ def run(flags: FlagSet) -> int:
             names[str(index)] = index
         live = len(items)
         shown = len(items) > 1 and not flags.stream and sys.stderr.isatty()
-        with Progress(len(items), enabled=shown) as progress:
+        with stop_signals() as stop, Progress(len(items), enabled=shown) as progress:
             counted = [0] * len(items)
             while live:
+                if stop.number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                if stop():
+                    return 128 + stop.number
                 for output in engine.step():
                     index = names[output.request_id]
                     tokens = output.metrics.num_output_tokens

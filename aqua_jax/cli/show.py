@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from aqua_jax.batch.lines import json_line
 from aqua_jax.batch.records import logprobs_json, metrics_json, sample_json
 from aqua_jax.engine.outputs import RequestOutput
 
@@ -59,8 +59,7 @@ class JsonSink:
 
     def _write(self, index: int, output: RequestOutput) -> None:
         for record in answer_records(index, output):
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-            self._file.write(line.encode("utf-8", "replace").decode() + "\n")
+            self._file.write(json_line(record))
         self._file.flush()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqua_jax.batch.lines import parse_json, parse_object, read_lines
+from aqua_jax.batch.lines import json_line, parse_json, parse_object, read_lines
 from aqua_jax.batch.openai import parse_openai
 from aqua_jax.batch.requests import BatchRequest, is_openai, parse_own, request_id
 from aqua_jax.config import SamplingParams
@@ -57,6 +57,13 @@ def test_a_line_over_the_limit_is_skipped_without_being_held():
     assert peak < 8 << 20
     with pytest.raises(RequestError, match="at most"):
         parse_json(lines[0])
+
+
+@given(st.text(st.characters() | st.sampled_from("\x85\u2028\u2029\x0b\x1c\r\n\ud800é")))
+def test_a_written_line_is_one_line_to_every_reader(text):
+    line = json_line({"text": text})
+    assert line.splitlines() == [line[:-1]]
+    assert json.loads(line)["text"] == text.encode("utf-8", "replace").decode()
 
 
 @given(st.binary(max_size=300))

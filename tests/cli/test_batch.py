@@ -110,7 +110,7 @@ def test_killed_at_random_moments_each_id_is_answered_once_with_the_same_text(fl
 
 def test_interrupted_between_steps_it_keeps_what_is_done_and_goes_on(flags, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_job(source, 60)
+    write_job(source, 600)
     arguments = ["batch", *flags, "--max_live_requests=4", f"--input={source}",
                  f"--output={target}"]
     with subprocess.Popen(
@@ -121,13 +121,15 @@ def test_interrupted_between_steps_it_keeps_what_is_done_and_goes_on(flags, tmp_
         assert locked.returncode == 2 and "another job is writing" in locked.stderr
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
-        if process.returncode != 0:  # it may have finished meanwhile
-            assert process.returncode == 143
-            assert "the same command goes on" in error and "Traceback" not in error
+        assert process.returncode == 143, error
+        assert "the same command goes on" in error and "Traceback" not in error
+    before = target.read_bytes()
+    assert before.endswith(b"\n")
     done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
     said, records = answers(target)
-    assert records == len(said) == 60
+    assert records == len(said) == 600
+    assert target.read_bytes().startswith(before)
 
 
 def test_files_that_are_no_jobs_are_left_alone(flags, tmp_path):
