@@ -51,17 +51,18 @@ class _Library:
             self.reason = f"{path} does not exist; `pip install .` builds it"
             return
         try:
-            self.handle = ctypes.CDLL(str(path))
-        except OSError as error:
-            self.reason = f"{path} cannot be loaded: {error}"
+            handle = ctypes.CDLL(str(path))
+            handle.aqua_isa.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            self.reason = f"{path} cannot be used: {error}"
             return
-        self.handle.aqua_isa.restype = ctypes.c_char_p
+        self.handle = handle
         found = []
         for target, symbol in _TARGETS.items():
-            if not hasattr(self.handle, symbol):
+            if not hasattr(handle, symbol):
                 self.reason = f"{path} has no {symbol}: it is older than this package"
                 continue
-            capsule = jax.ffi.pycapsule(getattr(self.handle, symbol))
+            capsule = jax.ffi.pycapsule(getattr(handle, symbol))
             jax.ffi.register_ffi_target(target, capsule, platform="cpu")
             found.append(target)
         self.targets = frozenset(found)
