@@ -237,6 +237,7 @@ class Attention {
   void clear_padding() const {
     const int64_t width = p_.heads * p_.head_dim * (p_.q_bf16 ? 2 : 4);
     const int64_t rows = plan_.rows.size();
+    if (rows == p_.tokens) return;
     std::memset(static_cast<char*>(p_.out) + rows * width, 0, (p_.tokens - rows) * width);
   }
 
