@@ -61,9 +61,9 @@ def is_packed(w: Any) -> bool:
 def pack(w: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
     """The packed layout of a matrix.
 
-    Goes over blocks of columns: beside the result it needs 512 of them, so a view of a memory-mapped file
-    streams through. Hand the result to `jax.device_put`, which takes its memory over; `jnp.asarray`
-    copies it. A tied head is `pack(embedding.T, dtype)`.
+    Goes over blocks of columns: beside the result it needs 512 of them, so a view of a
+    memory-mapped file streams through. Hand the result to `jax.device_put`, which takes its memory
+    over; `jnp.asarray` copies it. A tied head is `pack(embedding.T, dtype)`.
 
     Args:
       w: [k, n], any float dtype and any strides.

@@ -136,6 +136,7 @@ class ThreadPool {
 
 // Never destroyed: threads of XLA may still be inside a handler while static destructors run.
 std::atomic<ThreadPool*> current_pool{nullptr};
+std::atomic<ThreadPool*> stopped_pool{nullptr};  // stays reachable, so that it counts as no leak
 std::atomic<bool> pool_stopped{false};
 
 void forget_pool_in_child() {
@@ -190,7 +191,10 @@ void parallel_for(int64_t n_tasks, const Function& fn) {
 void stop_thread_pool() {
   pool_stopped.store(true);
   // Take the pool out first, so that a second call finds nothing to join.
-  if (ThreadPool* found = current_pool.exchange(nullptr)) found->stop();
+  if (ThreadPool* found = current_pool.exchange(nullptr)) {
+    stopped_pool.store(found);
+    found->stop();
+  }
 }
 
 }  // namespace aqua
