@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import pathlib
 import re
 import subprocess
@@ -36,20 +37,17 @@ BASE = {
 HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
-SKIPPED_FOLDERS = {"build", "dist", "node_modules", "__pycache__"}
+SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}
 
 
-def source_files() -> list[pathlib.Path]:
-    """Every source file of the checkout, build outputs and environments left out."""
+@functools.cache
+def source_files() -> tuple[pathlib.Path, ...]:
+    """Every source file of the checkout; what is built, installed or linked is not walked into."""
     found = []
-    for path in ROOT.rglob("*"):
-        parts = path.relative_to(ROOT).parts
-        if any(part.startswith(".") or part in SKIPPED_FOLDERS for part in parts[:-1]):
-            continue
-        through_link = parts[:2] == ("aqua_jax", "models")
-        if path.suffix in SOURCE_SUFFIXES and path.is_file() and not through_link:
-            found.append(path)
-    return sorted(found)
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [name for name in below if name[0] != "." and name not in SKIPPED_FOLDERS]
+        found += [pathlib.Path(folder, name) for name in names]
+    return tuple(sorted(path for path in found if path.suffix in SOURCE_SUFFIXES))
 
 
 @functools.cache
