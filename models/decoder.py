@@ -28,6 +28,7 @@ from aqua_jax.models.attention import dense_attention
 from aqua_jax.models.config import ModelConfig
 from aqua_jax.models.layers import Embedding, Linear, RMSNorm
 from aqua_jax.ops.activation import gated_mlp
+from aqua_jax.ops.projection import qkv_rotary
 
 
 class Attend(Protocol):
@@ -68,15 +69,21 @@ class Attention(nnx.Module):
         **matmul: Any,
     ) -> tuple[jax.Array, Any]:
         """x + attention(norm(x)): x f32 [T, d], angles (cos, sin) [T, D/2] -> ([T, d], cache)."""
-        c = self.config
-        qkv = self.qkv(x, norm=norm, **matmul)  # [T, (H+2K)*D]: q heads, then k, then v
-        q, k, v = (
-            part.reshape(x.shape[0], -1, c.head_dim)  # [T, H or K, D]
-            for part in jnp.split(qkv, [c.query_size, c.query_size + c.kv_size], axis=-1)
+        c, qkv = self.config, self.qkv
+        q, k, v = qkv_rotary(  # [T, H or K, D]
+            x,
+            qkv.kernel[...],
+            *angles,
+            features=qkv.in_features,
+            heads=c.num_heads,
+            kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            bias=None if qkv.bias is None else qkv.bias[...],
+            norm=norm.operand,
+            query_norm=None if self.q_norm is None else self.q_norm.operand,
+            key_norm=None if self.k_norm is None else self.k_norm.operand,
+            **matmul,
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
         out, cache = attend(layer, q, k, v, cache)  # [T, H, D]
         return self.o(out.reshape(x.shape[0], c.query_size), residual=x, **matmul), cache
 

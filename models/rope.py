@@ -134,10 +134,3 @@ def _dynamic_rates(config: ModelConfig, rates: jax.Array, length: jax.Array) -> 
     stretch = factor * jnp.maximum(length, trained).astype(jnp.float32) / trained - (factor - 1)
     exponents = np.arange(0, dim, 2, dtype=np.float32) / (dim - 2)  # (2i/D) * (D/(D-2))
     return rates * stretch[:, None] ** -exponents
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns every pair of every head: x [T, N, D], cos and sin [T, D/2] -> [T, N, D]."""
-    first, second = jnp.split(x, 2, axis=-1)  # [T, N, D/2] each
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

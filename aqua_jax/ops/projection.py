@@ -12,8 +12,11 @@ import numpy as np
 from aqua_jax.ops.linear import Norm, is_packed, linear, optional, rms_norm, use_ffi
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Half-split rotary embedding: x [T, N, D], cos and sin [T, D/2] -> [T, N, D]."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Half-split rotary embedding: x [T, N, D], cos and sin [T, D/2] -> [T, N, D].
+
+    Pair i of a head, (x[i], x[i + D/2]), is turned by its angle; `models.rope` has the angles.
+    """
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -97,5 +100,5 @@ def qkv_rotary(
     q, k, v = (part.reshape(count, -1, head_dim) for part in jnp.split(qkv, ends, axis=-1))
     if query_norm is not None and key_norm is not None:
         q, k = rms_norm(q, query_norm), rms_norm(k, key_norm)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     return q, k, v

@@ -11,6 +11,7 @@ import pytest
 
 from aqua_jax.models import rope
 from aqua_jax.models.config import ModelConfig, RopeScaling
+from aqua_jax.ops.projection import rotate
 
 D = 16
 CONFIG = ModelConfig(
@@ -144,7 +145,7 @@ def test_dynamic_token_does_not_depend_on_its_chunk() -> None:
 def test_rotate_turns_half_split_pairs() -> None:
     x = np.random.default_rng(0).standard_normal((3, 2, D)).astype(np.float32)
     positions = np.array([0, 4, 9])
-    out = np.asarray(rope.rotate(jnp.asarray(x), *rope.cos_sin(CONFIG, jnp.asarray(positions))))
+    out = np.asarray(rotate(jnp.asarray(x), *rope.cos_sin(CONFIG, jnp.asarray(positions))))
     points = x[..., : D // 2] + 1j * x[..., D // 2 :]
     turned = points * np.exp(1j * positions[:, None, None] * _plain_rates())
     np.testing.assert_allclose(out[..., : D // 2], turned.real, atol=1e-5)
@@ -156,8 +157,8 @@ def test_scores_depend_on_distance_only() -> None:
     q, k = (jnp.asarray(rng.standard_normal((1, 1, D)), jnp.float32) for _ in range(2))
 
     def score(query: int, key: int) -> float:
-        turned_q = rope.rotate(q, *rope.cos_sin(CONFIG, jnp.array([query])))
-        turned_k = rope.rotate(k, *rope.cos_sin(CONFIG, jnp.array([key])))
+        turned_q = rotate(q, *rope.cos_sin(CONFIG, jnp.array([query])))
+        turned_k = rotate(k, *rope.cos_sin(CONFIG, jnp.array([key])))
         return float(jnp.sum(turned_q * turned_k))
 
     assert score(9, 2) == pytest.approx(score(107, 100), abs=1e-3)
