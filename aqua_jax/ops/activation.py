@@ -61,8 +61,9 @@ def gated_mlp(
 ) -> jax.Array:
     """`down(silu(gate(h)) * up(h)) + residual` with h = rms_norm(x), as one op.
 
-    The C++ implementation keeps the hidden rows in caches and rounds them to the weights' dtype
-    right away: at 1,024 rows the f32 [T, 2F] array it saves costs as much as the products.
+    The C++ implementation rounds the hidden rows to the weights' dtype while they are in cache and
+    never writes the f32 [T, 2F] array: 13.4 core-ms against 16.5 for the parts at 1,024 rows
+    (d 768, F 2,048), norm and residual included; level at 64 rows.
 
     Args:
       x: [T, d], f32 or bf16.
