@@ -12,6 +12,7 @@ import itertools
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -167,8 +168,10 @@ class Engine:
                 self._count_plan(plan)
             if self._pending and (plan is None or len(self._pending) > _RUN_AHEAD):
                 outputs += self._take_in(self._pending.popleft())
-        except Exception as error:
+        except jax.errors.JaxRuntimeError as error:
             outputs += self._recover(error)
+        except Exception as error:  # ours, not the device's: going on could only hide it
+            outputs += self._die(error)
         self.metrics.host_s += time.perf_counter() - started - (self.metrics.wait_s - waited)
         return outputs
 
@@ -237,7 +240,7 @@ class Engine:
         metrics.steps += 1
         metrics.preemptions += len(plan.preempted)
         for sequence in plan.preempted:
-            self._lookup(sequence)[0].metrics.num_preemptions += 1
+            self._lookup(sequence)[0].output.metrics.num_preemptions += 1
         metrics.prompt_tokens += sum(
             chunk.count for chunk in plan.chunks if chunk.start < chunk.sequence.prompt_len
         )
@@ -358,18 +361,23 @@ class Engine:
         """A failed step consumed the donated pool: start a new one and recompute every sequence."""
         self._failures_in_row += 1
         self.metrics.pool_resets += 1
-        self._pending.clear()
         if self._failures_in_row >= _MAX_RESETS:
-            logging.exception("the engine stops: %d failed steps in a row", self._failures_in_row)
-            self._dead = error
-            return [
-                self._fail(request, f"the engine failed: {error}")
-                for request in list(self._requests.values())
-            ]
-        logging.exception("a step failed; all live requests are recomputed")
+            return self._die(error)
+        logging.exception("a step failed on the device; all live requests are recomputed")
+        self._pending.clear()
         self._scheduler.reset()
         self._runner.reset()
         return []
+
+    def _die(self, error: Exception) -> list[RequestOutput]:
+        """Stop for good; every live request ends with the reason."""
+        logging.exception("the engine stops")
+        self._pending.clear()
+        self._dead = error
+        return [
+            self._fail(request, f"the engine failed: {error}")
+            for request in list(self._requests.values())
+        ]
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -127,7 +127,7 @@ class Programs:
             return sample(logits, batch, last_tokens, history, variant)
 
     def _prompt_logprobs(
-        self, params: Params, hidden: jax.Array, targets: jax.Array
+        self, params: Leaves, hidden: jax.Array, targets: jax.Array
     ) -> jax.Array:
         """hidden f32[T, d], targets i32[T] -> i32[T, W] (see `pack_logprobs`), block by block."""
         tokens = hidden.shape[0]

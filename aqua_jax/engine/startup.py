@@ -78,9 +78,8 @@ def build(
     )
     model, params = loaded.config, dict(loaded.params)
     if pack and model.tied_embeddings:
-        params["embed.embedding"] = jnp.asarray(
-            _pack(np.asarray(params["embed.embedding"]).T)
-        )
+        embedding = np.asarray(params["embed.embedding"])
+        params["embed.embedding"] = jax.device_put(_pack(embedding.T))
     timings["load_s"] = time.monotonic() - started
 
     dtype = jnp.dtype(loaded.dtype)
@@ -136,7 +135,7 @@ def build(
     )
     tokenizer = None if isinstance(loaded.tokenizer, loading.NoTokenizer) else loaded.tokenizer
     implementations = {
-        "attention": attention, "matmul": "ffi" if pack else "xla",
+        **library.implementations(), "attention": attention, "linear": "ffi" if pack else "xla",
         "platform": jax.default_backend(),
     }
     return Parts(
@@ -165,25 +164,40 @@ def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
     """Pages of the KV pool.
 
     Raises:
-      ConfigError: not even one page fits.
+      ConfigError: not even one page, or more than this machine's memory.
     """
-    token_bytes = model.num_layers * 2 * model.kv_size * itemsize
+    page_bytes = model.num_layers * 2 * model.kv_size * itemsize * config.page_tokens
     if config.kv_cache_tokens is not None:
-        pages = config.kv_cache_tokens // config.page_tokens
-        if pages < 1:
-            raise ConfigError(
-                "kv_cache_tokens", config.kv_cache_tokens,
-                f"at least one page of {config.page_tokens} tokens",
-            )
-        return pages
-    page_bytes = token_bytes * config.page_tokens
-    pages = config.kv_cache_memory // page_bytes
+        field, value = "kv_cache_tokens", config.kv_cache_tokens
+        pages = value // config.page_tokens
+        unit = f"{config.page_tokens} tokens"
+    else:
+        field, value = "kv_cache_memory", config.kv_cache_memory
+        pages = value // page_bytes
+        unit = f"{page_bytes} bytes"
     if pages < 1:
+        raise ConfigError(field, value, f"at least one page: {unit} for this model")
+    available = _available_memory()
+    if available is not None and pages * page_bytes > available:
         raise ConfigError(
-            "kv_cache_memory", config.kv_cache_memory,
-            f"at least one page: {page_bytes} bytes for this model",
+            field, value, f"what fits into the {available} bytes of memory that are available "
+            f"(a page of {config.page_tokens} tokens is {page_bytes} bytes)",
         )
     return pages
+
+
+def _available_memory() -> int | None:
+    """Bytes of host memory free for use, where the platform's devices use it and Linux tells."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> int:
@@ -240,4 +254,5 @@ def _pack(kernel: np.ndarray) -> np.ndarray:
 
 
 def _pack_kernel(name: str, array: np.ndarray) -> Any:
-    return jnp.asarray(_pack(array) if name.endswith(".kernel") else array)
+    # device_put takes over the aligned memory that `pack` returns; jnp.asarray would copy it.
+    return jax.device_put(_pack(array)) if name.endswith(".kernel") else jnp.asarray(array)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import jax
 import pytest
 
 from aqua_jax.config import EngineConfig, SamplingParams
@@ -64,6 +65,8 @@ def test_preemption_by_recompute_changes_nothing(tmp_path):
         stats = tight.stats()
     assert [o.outputs[0].token_ids for o in got] == expected
     assert stats["preemptions"] > 0 and stats["pages"]["in_use"] == 0
+    assert stats["pool_resets"] == 0
+    assert sum(output.metrics.num_preemptions for output in got) == stats["preemptions"]
 
 
 def test_samples_of_one_prompt_share_it_and_differ(engine):
@@ -180,17 +183,24 @@ def test_bad_requests_name_the_field_and_lose_nothing_else(engine, bad, params, 
     assert outputs[-1].request_id == "good" and outputs[-1].finished
 
 
+def fail_steps(engine, monkeypatch, error: Exception) -> list[int]:
+    """Make dispatch raise at the steps in the returned list."""
+    dispatch, failures = engine._runner.dispatch, []
+
+    def failing(plan):
+        if plan.step_id in failures:
+            raise error
+        return dispatch(plan)
+
+    monkeypatch.setattr(engine._runner, "dispatch", failing)
+    return failures
+
+
 def test_a_failed_step_is_recomputed_and_three_in_a_row_end_the_engine(tmp_path, monkeypatch):
     with tiny_engine(tmp_path) as engine:
         expected = run_all(engine, [(prompt(20, 1), greedy(10))])[0].outputs[0].token_ids
-        dispatch, failures = engine._runner.dispatch, []
-
-        def failing(plan):
-            if plan.step_id in failures:
-                raise RuntimeError("device lost")
-            return dispatch(plan)
-
-        monkeypatch.setattr(engine._runner, "dispatch", failing)
+        error = jax.errors.JaxRuntimeError("device lost")
+        failures = fail_steps(engine, monkeypatch, error)
         failures.append(engine._scheduler.counters.plans + 4)
         out = run_all(engine, [(prompt(20, 1), greedy(10))])[0]
         assert out.outputs[0].token_ids == expected
@@ -200,6 +210,16 @@ def test_a_failed_step_is_recomputed_and_three_in_a_row_end_the_engine(tmp_path,
         assert out.outputs[0].finish_reason == "error" and "device lost" in out.error
         with pytest.raises(EngineDeadError):
             engine.step()
+
+
+def test_a_bug_on_the_host_is_not_retried(tmp_path, monkeypatch):
+    with tiny_engine(tmp_path) as engine:
+        failures = fail_steps(engine, monkeypatch, KeyError("ours"))
+        failures.append(engine._scheduler.counters.plans + 3)
+        out = run_all(engine, [(prompt(20, 1), greedy(10))])[0]
+        assert out.outputs[0].finish_reason == "error" and "ours" in out.error
+        assert engine.stats()["pool_resets"] == 0
+        assert engine.stats()["pages"]["in_use"] == 0
 
 
 def test_close_ends_what_is_live(tmp_path):
@@ -234,6 +254,8 @@ def test_the_pool_is_updated_in_place(tmp_path):
         ({"max_model_len": 4096}, "max_model_len"),
         ({"kv_cache_tokens": 3}, "kv_cache_tokens"),
         ({"kv_cache_memory": 10}, "kv_cache_memory"),
+        ({"kv_cache_memory": 1 << 50}, "kv_cache_memory"),
+        ({"kv_cache_tokens": 1 << 45}, "kv_cache_tokens"),
         ({"kv_cache_tokens": 64, "max_model_len": 128}, "max_model_len"),
     ],
 )

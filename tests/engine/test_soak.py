@@ -66,4 +66,5 @@ def test_soak_ends_with_nothing_in_use(tmp_path):
     assert stats["pages"]["in_use"] == 0 and stats["live_requests"] == 0
     assert stats["pages"]["free"] + stats["pages"]["cached"] == stats["pages"]["total"]
     assert stats["preemptions"] > 0 and stats["cached_tokens"] > 0
+    assert stats["pool_resets"] == 0
     assert threading.active_count() == threads

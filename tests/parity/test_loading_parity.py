@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from aqua_jax.loading import load, load_tokenizer
 from aqua_jax.loading.gguf_config import llama3_factors
