@@ -65,7 +65,8 @@ class Attention {
         token_(problem.kv_heads * row_),
         half_(problem.page_tokens * token_),
         layer_(2 * half_),
-        page_(problem.layers * layer_) {
+        page_(problem.layers * layer_),
+        shift_(__builtin_ctzll(static_cast<unsigned long long>(problem.page_tokens))) {
     shape_.heads = static_cast<int>(p_.heads);
     shape_.kv_heads = static_cast<int>(p_.kv_heads);
     shape_.head_dim = static_cast<int>(p_.head_dim);
@@ -90,10 +91,24 @@ class Attention {
  private:
   // Address of a token's K (kv = 0) or V (1) in the layer; null when its page is absent.
   char* slot(int64_t seq, int64_t position, int kv) const {
-    const int32_t page = p_.page_table[seq * p_.max_pages + position / p_.page_tokens];
+    const int32_t page = p_.page_table[seq * p_.max_pages + (position >> shift_)];
     if (page < 0) return nullptr;
     return static_cast<char*>(p_.kv) + page * page_ + p_.layer * layer_ + kv * half_ +
-           position % p_.page_tokens * token_;
+           (position & (p_.page_tokens - 1)) * token_;
+  }
+
+  // Addresses of the keys first .. first + count - 1, `offset` bytes in; null where absent.
+  void locate(int64_t seq, int64_t first, int count, int64_t offset, const void** rows) const {
+    for (int i = 0; i < count;) {
+      const int64_t in_page = (first + i) & (p_.page_tokens - 1);
+      const int end = static_cast<int>(std::min<int64_t>(count, i + p_.page_tokens - in_page));
+      const char* row = slot(seq, first + i, 0);
+      if (row == nullptr) {
+        for (; i < end; ++i) rows[i] = nullptr;
+      } else {
+        for (row += offset; i < end; ++i, row += token_) rows[i] = row;
+      }
+    }
   }
 
   void write() {
@@ -120,10 +135,10 @@ class Attention {
     out->first = static_cast<int>(std::max<int64_t>(0, first - start));
     out->last = static_cast<int>(std::min<int64_t>(kBlock, last - start));
     out->visible = 0;
-    out->next = nullptr;
+    for (int t = 0; t < kBlock; ++t) out->k[t] = nullptr;
+    locate(seq, start + out->first, out->last - out->first, 0, out->k + out->first);
     for (int t = 0; t < kBlock; ++t) {
-      const char* k = nullptr;
-      if (t >= out->first && t < out->last) k = slot(seq, start + t, 0);
+      const char* k = static_cast<const char*>(out->k[t]);
       out->k[t] = k == nullptr ? zeros_.data() : k;
       out->v[t] = k == nullptr ? zeros_.data() : k + half_;
       out->visible |= static_cast<uint32_t>(k != nullptr) << t;
@@ -136,15 +151,23 @@ class Attention {
     const char* q = static_cast<const char*>(p_.q) + row * width * (p_.q_bf16 ? 2 : 4);
     kernels_.start_rows(shape_, q, p_.q_bf16, p_.kv_bf16, p_.scale, state);
     if (first >= last) return;
-    KeyBlock blocks[2];
-    const int64_t end = (last + kBlock - 1) / kBlock;
-    fill_block(seq, first / kBlock, first, last, &blocks[0]);
-    for (int64_t b = first / kBlock, i = 0; b < end; ++b, i ^= 1) {
-      if (b + 1 < end) {
-        fill_block(seq, b + 1, first, last, &blocks[i ^ 1]);
-        blocks[i].next = &blocks[i ^ 1];
+    // A block is prefetched while the one before it is worked on: 2.35 ms instead of 3.35 for 64 x
+    // 256 keys from memory on one thread; two or three blocks ahead were no better.
+    constexpr int64_t kAhead = 1;
+    KeyBlock blocks[kAhead + 1];
+    const int64_t begin = first / kBlock, end = (last + kBlock - 1) / kBlock;
+    auto block = [&](int64_t b) { return &blocks[b % (kAhead + 1)]; };
+    for (int64_t b = begin; b < std::min(end, begin + kAhead); ++b) {
+      fill_block(seq, b, first, last, block(b));
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      KeyBlock* now = block(b);
+      now->next = nullptr;
+      if (b + kAhead < end) {
+        now->next = block(b + kAhead);
+        fill_block(seq, b + kAhead, first, last, block(b + kAhead));
       }
-      if (blocks[i].visible != 0) kernels_.add_block(shape_, p_.kv_bf16, blocks[i], state);
+      if (now->visible != 0) kernels_.add_block(shape_, p_.kv_bf16, *now, state);
     }
   }
 
@@ -160,19 +183,9 @@ class Attention {
     int64_t seq, head_offset;
   };
 
-  static void locate(const void* context, int64_t first, int count, const void** rows) {
+  static void locate_from(const void* context, int64_t first, int count, const void** rows) {
     const Where& where = *static_cast<const Where*>(context);
-    const Attention& a = *where.attention;
-    for (int i = 0; i < count;) {
-      const int64_t in_page = (first + i) % a.p_.page_tokens;
-      const int end = static_cast<int>(std::min<int64_t>(count, i + a.p_.page_tokens - in_page));
-      const char* row = a.slot(where.seq, first + i, 0);
-      if (row != nullptr) row += where.head_offset;
-      for (; i < end; ++i) {
-        rows[i] = row;
-        if (row != nullptr) row += a.token_;
-      }
-    }
+    where.attention->locate(where.seq, first, count, where.head_offset, rows);
   }
 
   void attend_tile(const Item& item) const {
@@ -193,7 +206,7 @@ class Attention {
     t.scale = p_.scale;
     t.first_key = first_visible(p_, t.position);
     t.last_key = t.position + item.rows;
-    t.locate = &locate;
+    t.locate = &locate_from;
     t.context = &where;
     t.value_offset = half_;
     t.scratch = scratch(tile_scratch(item.rows * group, shape_.head_dim));
@@ -247,6 +260,7 @@ class Attention {
   AttendTile attend_tile_;
   RowShape shape_;
   int64_t element_, row_, token_, half_, layer_, page_;  // sizes in bytes
+  int shift_;  // page_tokens = 1 << shift_; a division for each key would show
   std::vector<char> zeros_;
   float* partials_ = nullptr;
 };

@@ -11,7 +11,8 @@ int main() {
   int failures = 0;
   for (unsigned seed = 0; seed < 200; ++seed) {
     std::mt19937 random(seed);
-    const int64_t pages = 1 + random() % 12, bytes = seed % 50 == 0 ? (3 << 20) + 7 : 1 + random() % 300;
+    const int64_t pages = 1 + random() % 12;
+    const int64_t bytes = seed % 50 == 0 ? (3 << 20) + 7 : 1 + random() % 300;
     std::vector<char> pool(pages * bytes);
     for (char& x : pool) x = static_cast<char>(random());
     const int count = static_cast<int>(random() % 8);
