@@ -6,9 +6,10 @@ or transformers: they are imported by the functions that need them.
 
 from __future__ import annotations
 
+from aqua_jax.loading.find_tokenizer import load_tokenizer
 from aqua_jax.loading.load import LoadedModel, load
 from aqua_jax.loading.resolve import ModelFiles, resolve
-from aqua_jax.loading.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
+from aqua_jax.loading.tokenizer import NoTokenizer, Tokenizer
 
 __all__ = [
     "LoadedModel", "ModelFiles", "NoTokenizer", "Tokenizer", "load", "load_tokenizer", "resolve",

@@ -12,11 +12,12 @@ import numpy as np
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.loading import files, sanity
+from aqua_jax.loading.find_tokenizer import load_tokenizer
 from aqua_jax.loading.gguf import GGUFCheckpoint
 from aqua_jax.loading.gguf_config import hugging_face_config, with_biases
 from aqua_jax.loading.resolve import ModelFiles, resolve
 from aqua_jax.loading.safetensors import SafetensorsCheckpoint
-from aqua_jax.loading.tokenizer import NoTokenizer, Tokenizer, load_tokenizer
+from aqua_jax.loading.tokenizer import NoTokenizer, Tokenizer
 from aqua_jax.models.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, chat templates, from Hugging Face directories or GGUF files.
+"""Tokenizers: text to ids and back, and chat templates.
 
 Built on the bare `tokenizers` package, whose import takes 0.03 s where transformers' takes 1 s and
 its tokenizer classes more.
@@ -7,20 +7,17 @@ its tokenizer classes more.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aqua_jax.errors import ConfigError, ModelLoadError, RequestError
-from aqua_jax.loading import files
+from aqua_jax.errors import RequestError
 from aqua_jax.loading.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_LIMIT = 512 << 20  # bytes of tokenizer.json; 34 MB is the largest seen
-_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class Tokenizer(Protocol):
@@ -245,89 +242,3 @@ def special_text(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def _chat_template(path: str, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's entry (text, or the one named default)."""
-    jinja = os.path.join(path, "chat_template.jinja")
-    if os.path.lexists(jinja):
-        return files.read_bytes(jinja, files.JSON_LIMIT).decode("utf-8", errors="replace")
-    value = settings.get("chat_template")
-    if value is None:
-        value = files.read_optional_json(os.path.join(path, "chat_template.json")).get(
-            "chat_template"
-        )
-    if isinstance(value, list):
-        named = {
-            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
-        }
-        value = named.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _from_directory(path: str) -> FastTokenizer:
-    settings = files.read_optional_json(os.path.join(path, "tokenizer_config.json"))
-    fast = os.path.join(path, "tokenizer.json")
-    if os.path.lexists(fast):
-        import tokenizers
-
-        content = files.read_bytes(fast, TOKENIZER_LIMIT)
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the binding raises bare Exception
-            raise ModelLoadError(f"{fast}: {error}") from error
-    else:
-        from aqua_jax.loading import sentencepiece
-
-        backend = sentencepiece.read(os.path.join(path, "tokenizer.model"), settings)
-    special = {
-        key: text for key in _SPECIAL_KEYS if (text := special_text(settings.get(key))) is not None
-    }
-    for key, value in files.read_optional_json(
-        os.path.join(path, "special_tokens_map.json")
-    ).items():
-        text = special_text(value)
-        if key in _SPECIAL_KEYS and text is not None:
-            special.setdefault(key, text)
-    bos, eos = (
-        backend.token_to_id(special[key]) if key in special else None
-        for key in ("bos_token", "eos_token")
-    )
-    return FastTokenizer(
-        backend,
-        bos_token_id=bos,
-        eos_token_ids=() if eos is None else (eos,),
-        chat_template=_chat_template(path, settings),
-        special=special,
-    )
-
-
-def load_tokenizer(
-    path: str, *, missing_ok: bool = False, name: str | None = None
-) -> FastTokenizer | NoTokenizer:
-    """The tokenizer of a directory or a .gguf file.
-
-    Args:
-      path: a directory with tokenizer.json (or tokenizer.model), or a .gguf file.
-      missing_ok: whether a directory or file without a tokenizer gives a `NoTokenizer`.
-      name: of the model, for error messages.
-
-    Raises:
-      ConfigError: `path` doesn't exist.
-      ModelLoadError: no tokenizer there (unless `missing_ok`), or a broken one.
-    """
-    if not os.path.exists(path):
-        raise ConfigError("tokenizer", path, "an existing directory or .gguf file")
-    if os.path.isfile(path):
-        from aqua_jax.loading.gguf_tokenizer import tokenizer_from_gguf
-
-        found = tokenizer_from_gguf(path)
-        if found is not None:
-            return found
-    elif any(
-        os.path.lexists(os.path.join(path, file)) for file in ("tokenizer.json", "tokenizer.model")
-    ):
-        return _from_directory(path)
-    if missing_ok:
-        return NoTokenizer(name or os.path.basename(os.path.abspath(path)))
-    raise ModelLoadError(f"{path}: no tokenizer.json or tokenizer.model")

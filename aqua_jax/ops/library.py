@@ -86,16 +86,6 @@ def reason() -> str:
     return _library().reason
 
 
-def onednn_available() -> bool:
-    """Whether packed matrices have a compiled multiplication."""
-    return available("aqua_linear")
-
-
-def onednn_reason() -> str:
-    """Why packed matrices have no compiled multiplication; empty when they have."""
-    return "" if onednn_available() else reason()
-
-
 def instruction_set() -> str:
     """The instruction set that handlers use now: generic, avx2, avx512, avx512bf16 or amx.
 

@@ -27,7 +27,7 @@ except RuntimeError as error:
     forced = str(error)
 print(json.dumps({
     "available": library.available(), "reason": library.reason(), "set": library.instruction_set(),
-    "onednn": library.onednn_reason(), "implementations": library.implementations(),
+    "implementations": library.implementations(),
     "copied": copied.tolist(), "forced": forced,
 }))
 """
@@ -47,7 +47,7 @@ def probe(folder: pathlib.Path | None, **environment: str) -> tuple[dict, str]:
 
 def test_all_handlers_are_there():
     assert library.available(), library.reason()
-    assert library.reason() == "" and library.onednn_reason() == ""
+    assert library.reason() == ""
     assert set(library.implementations().values()) == {"ffi"}
     assert not library.available("no_such_target")
 
@@ -58,7 +58,7 @@ def test_without_a_usable_library(content, tmp_path):
         (tmp_path / "libaqua_cpu.so").write_bytes(content)
     seen, log = probe(tmp_path)
     assert not seen["available"] and str(tmp_path) in seen["reason"]
-    assert seen["onednn"] == seen["reason"] and seen["set"] == "none"
+    assert seen["set"] == "none"
     assert "ffi" not in seen["implementations"].values()
     assert seen["copied"] == [[0, 1], [2, 3], [2, 3]]  # the reference did it
     assert seen["reason"] in seen["forced"]
