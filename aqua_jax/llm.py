@@ -12,7 +12,7 @@ from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine.engine import Engine
 from aqua_jax.engine.outputs import RequestOutput
 from aqua_jax.errors import ConfigError, RequestError
-from aqua_jax.progress import Progress
+from aqua_jax.progress import Progress, counting_bar
 from aqua_jax.prompts import Message, Prompt, check_prompt, is_token, render_chat
 
 
@@ -54,7 +54,9 @@ class LLM:
           ConfigError: a field is unknown or invalid.
           ModelLoadError: the checkpoint can't be read.
         """
-        self.engine = Engine(engine_config(model, **config))
+        self.engine = Engine(
+            engine_config(model, **config), progress=counting_bar("compiling", "program")
+        )
         self._number = 0  # of the next request
 
     def __enter__(self) -> LLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,30 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def counting_bar(label: str, unit: str) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that draws a bar on a terminal, and nothing elsewhere.
+
+    Args:
+      label: words before the bar.
+      unit: what is counted.
+    """
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if not sys.stderr.isatty():
+            return
+        if bar is None:
+            from tqdm import tqdm
+
+            bar = tqdm(total=total, desc=label, unit=unit, file=sys.stderr, leave=False)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 class Progress:

@@ -57,13 +57,13 @@ def run(flags: FlagSet) -> int:
 
     from aqua_jax.batch.job import EngineLike, Job
     from aqua_jax.batch.journal import Journal
-    from aqua_jax.progress import Progress
+    from aqua_jax.progress import Progress, counting_bar
 
     def make_engine() -> EngineLike:
         _log.info("loading: %s", common.summary(config))
         from aqua_jax.engine.engine import Engine
 
-        return Engine(config)
+        return Engine(config, progress=counting_bar("compiling", "program"))
 
     progress = Progress(os.path.getsize(source), enabled=flags.progress)
     with stop_signals(_STOPPING) as stop:

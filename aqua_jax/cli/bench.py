@@ -54,8 +54,9 @@ def run(flags: FlagSet) -> int:
     def make_engine(config: EngineConfig) -> Any:
         # Imported here so that the first engine's start includes importing jax, 0.8 s of it.
         from aqua_jax.engine.engine import Engine
+        from aqua_jax.progress import counting_bar
 
-        return Engine(config)
+        return Engine(config, progress=counting_bar("compiling", "program"))
 
     own_pool = flags.given("kv_cache_memory") or flags.given("kv_cache_tokens")
     report = measure(config, sizes, flags.reps, make_engine, own_pool=own_pool)

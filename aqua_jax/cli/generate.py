@@ -148,7 +148,7 @@ def run(flags: FlagSet) -> int:
     items = read_items(flags)
 
     from aqua_jax.cli.show import JsonSink, TextSink
-    from aqua_jax.progress import Progress
+    from aqua_jax.progress import Progress, counting_bar
 
     sink: JsonSink | TextSink
     if flags.json:
@@ -161,7 +161,7 @@ def run(flags: FlagSet) -> int:
     from aqua_jax.engine.engine import Engine
 
     failed = 0
-    with Engine(config) as engine:
+    with Engine(config, progress=counting_bar("compiling", "program")) as engine:
         names = {}
         for index, item in enumerate(items):
             try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,11 +36,14 @@ _MAX_RESETS = 3  # device failures in a row before the engine gives up
 class Engine:
     """An inference engine over one model. Not thread-safe: one thread calls all methods."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(
+        self, config: EngineConfig, *, progress: Callable[[int, int], None] | None = None
+    ):
         """Load the model, make the KV pool, compile.
 
         Args:
           config: validated configuration.
+          progress: called with (done, total) programs while compiling.
 
         Raises:
           ConfigError: the configuration does not fit the model or the pool.
@@ -47,7 +51,7 @@ class Engine:
           DependencyError: an optional package is missing.
         """
         self.config = config
-        parts = startup.build(config, self._lookup)
+        parts = startup.build(config, self._lookup, progress)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
         self.max_model_len = parts.max_model_len
         self.model_name = parts.model_name

@@ -55,14 +55,14 @@ class Parts:
 
 def build(
     config: EngineConfig, lookup: Callable[[Sequence], tuple[Request, Sample]],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Parts:
     """Load, size and compile everything an engine needs.
 
     Args:
       config: the engine's configuration.
       lookup: the request and sample of a sequence, for the runner.
-      progress: called with (phase, done, total) while compiling.
+      progress: called with (done, total) programs while compiling.
 
     Raises:
       ConfigError: the configuration does not fit the model or the pool.
@@ -111,10 +111,7 @@ def build(
     graphdef, _ = abstract_decoder(model, dtype)
     programs = Programs(graphdef, params, kv, spec)
     warmup_started = time.monotonic()
-    programs.warm_up(
-        config.warmup,
-        None if progress is None else lambda done, total: progress("compile", done, total),
-    )
+    programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
     pool = PagePool(num_pages, config.page_tokens)
     scheduler = Scheduler(
