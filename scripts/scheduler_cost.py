@@ -19,18 +19,30 @@ import time
 
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
-from aqua_jax.scheduling.policies import FirstComeFirstServed
+from aqua_jax.scheduling.fair import Fair, FairConfig
+from aqua_jax.scheduling.policies import FirstComeFirstServed, Policy, StrictPriority
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.scheduling.slices import SliceConfig
 
 
-def measure(live: int, running: int, steps: int) -> dict[str, float]:
+def policies() -> dict[str, Policy]:
+    """What is measured: `fair` with one user and with a user per request, and the others."""
+    slices = SliceConfig(slice_steps=20)
+    return {
+        "fcfs": FirstComeFirstServed(), "priority": StrictPriority(),
+        "fair, slices of 20": Fair(FairConfig(slices)), "fair, auto": Fair(),
+        "fair, slices of 20, a user each": Fair(FairConfig(slices)),
+    }
+
+
+def measure(name: str, live: int, running: int, steps: int) -> dict[str, float | str]:
     """Medians and p99 in microseconds over `steps` plans."""
     rng = random.Random(0)
     pool = PagePool(running * 7, 16)
     scheduler = Scheduler(
-        SchedulerConfig(running, 1024 + running, 4096, growth_tokens=0), FirstComeFirstServed(),
-        pool, PrefixCache(pool),
+        SchedulerConfig(running, 1024 + running, 4096, growth_tokens=0), policies()[name], pool,
+        PrefixCache(pool),
     )
     prefixes = [[rng.randrange(32_000) for _ in range(128)] for _ in range(8)]
     numbers = itertools.count()
@@ -39,7 +51,10 @@ def measure(live: int, running: int, steps: int) -> dict[str, float]:
         number = next(numbers)
         prompt = rng.choice(prefixes) + [rng.randrange(32_000) for _ in range(rng.randrange(1, 64))]
         limit = len(prompt) + rng.randrange(1, 160)
-        scheduler.add(Sequence(number, str(number), prompt, limit, arrival=float(number)))
+        scheduler.add(Sequence(
+            number, str(number), prompt, limit, arrival=float(number), priority=number % 3,
+            user=str(number) if "user each" in name else "",
+        ))
 
     for _ in range(live):
         add()
@@ -61,22 +76,24 @@ def measure(live: int, running: int, steps: int) -> dict[str, float]:
         resident.append(scheduler.num_running)
     counters = scheduler.counters
     return {
-        "live": live, "running_mean": round(statistics.fmean(resident), 1),
+        "policy": name, "live": live, "running_mean": round(statistics.fmean(resident), 1),
         "plan_us_median": round(statistics.median(plans) * 1e6, 1),
         "plan_us_p99": round(statistics.quantiles(plans, n=100)[98] * 1e6, 1),
         "rest_us_median": round(statistics.median(rest) * 1e6, 1),
-        "preemptions": counters.preemptions, "finished": counters.finished,
+        "preemptions": counters.preemptions, "switches": counters.switches,
+        "finished": counters.finished,
     }
 
 
 def main() -> None:
-    """Prints one JSON line."""
+    """Prints one JSON line per policy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--live", type=int, default=2000)
     parser.add_argument("--running", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    print(json.dumps(measure(args.live, args.running, args.steps)))
+    for name in policies():
+        print(json.dumps(measure(name, args.live, args.running, args.steps)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,25 @@
 """Policies: the order in which sequences are served, and who gives way.
 
-The scheduler knows pages, slots and budgets; a policy knows only order. What is still to come
-plugs in here:
-
-- *fair*: `push` and `head` over a two-level queue (users by vruntime, then requests by vruntime);
-  `running_order` by vruntime; `on_service` adds weighted service to request and user. Waiting
-  requests receive no service, so sorted keys stay valid while they are queued, and a user's key
-  is updated in one place. Time slices end by one more question at the top of `Scheduler.plan`
-  (whose slice is over?) answered with the same `_preempt`.
-- *priority*: other keys, with ageing as `arrival - boost * priority`.
-- *swapping*: `Scheduler._preempt` is the only place where a sequence loses its pages; a cost model
-  chooses there between recompute and a store, and the plan carries the moves beside `copies`.
+The scheduler knows pages, slots and budgets; a policy knows only order. `fcfs` and `priority` are
+here, `fair` has its own file. *Swapping* will plug in at `Scheduler._preempt`, the only place where
+a sequence loses its pages: a cost model chooses there between recompute and a store, and the plan
+carries the moves beside `copies`.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from sortedcontainers import SortedKeyList
 
+from aqua_jax.errors import ConfigError
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.scheduling.bounds import WaitingBound
+from aqua_jax.scheduling.fair import Fair
+from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
-
-_BY_ARRIVAL = operator.attrgetter("arrival", "seq_id")
 
 
 class Policy(Protocol):
@@ -41,6 +37,22 @@ class Policy(Protocol):
     def __len__(self) -> int:
         """Sequences in the waiting queue."""
 
+    @property
+    def growth_steps(self) -> float:
+        """Decode steps for which everyone admitted must find pages, whatever the scheduler's own
+        `growth_tokens`."""
+
+    def begin(self, now: float, running: int) -> None:
+        """A plan begins, with so many sequences running."""
+
+    def admitted(self, sequence: Sequence, lost: int) -> None:
+        """A sequence has left the queue with a slot and pages; `lost` of its pending tokens were
+        computed before. `sequence.num_dropped` still tells what its preemption dropped."""
+
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        """Running sequences that may be made to give way to the head of the queue where it does
+        not fit, first to go first."""
+
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
         """Running sequences, first served first."""
 
@@ -56,16 +68,24 @@ class Policy(Protocol):
     def on_finish(self, sequence: Sequence) -> None:
         """The sequence ended; it is in no queue any more."""
 
+    def waiting_bound(
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+    ) -> WaitingBound | None:
+        """The longest wait of a runnable sequence under the present load, where there is one."""
 
-class FirstComeFirstServed:
-    """By arrival, ties by `seq_id`; the latest arrival gives way. Preempted sequences keep their
+
+class _Ranked:
+    """The order of a key that never changes, ties by `seq_id`. Preempted sequences keep their
     place. O(log n) to push and remove, O(1) for the head."""
 
-    def __init__(self) -> None:
-        self._waiting = SortedKeyList(key=_BY_ARRIVAL)
+    growth_steps = 0.0
+
+    def __init__(self, key: Callable[[Sequence], tuple[float, int]]) -> None:
+        self._key = key
+        self._waiting = SortedKeyList(key=key)
 
     def push(self, sequence: Sequence) -> None:
-        """Queues by arrival."""
+        """Queues by rank."""
         self._waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -73,27 +93,77 @@ class FirstComeFirstServed:
         self._waiting.remove(sequence)
 
     def head(self, now: float) -> Sequence | None:
-        """The earliest arrival."""
+        """The best rank."""
         return self._waiting[0] if self._waiting else None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def begin(self, now: float, running: int) -> None:
+        """Time doesn't change ranks."""
+
+    def admitted(self, sequence: Sequence, lost: int) -> None:
+        """Nothing is granted."""
+
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        """Nobody: what runs goes on."""
+        return []
+
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
-        """By arrival. They were admitted almost in this order, so the sort is nearly linear."""
-        return sorted(running, key=_BY_ARRIVAL)
+        """By rank. They were admitted almost in this order, so the sort is nearly linear."""
+        return sorted(running, key=self._key)
 
     def victim(self, candidates: Iterator[Sequence]) -> Sequence:
-        """The latest arrival, be it the one in need itself."""
+        """The worst rank, be it the one in need itself."""
         return next(candidates)
 
     def on_service(
         self, sequence: Sequence, *, tokens: int = 0, seconds: float = 0.0, moved_bytes: int = 0
     ) -> None:
-        """Service doesn't change the order of arrival."""
+        """Service doesn't change ranks."""
 
     def on_finish(self, sequence: Sequence) -> None:
         """Nothing is kept about a sequence."""
 
+    def waiting_bound(
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+    ) -> WaitingBound | None:
+        """None: others may run for as long as they like."""
+        return None
 
-POLICIES: dict[str, type[FirstComeFirstServed]] = {"fcfs": FirstComeFirstServed}
+
+class FirstComeFirstServed(_Ranked):
+    """By arrival, ties by `seq_id`; the latest arrival gives way."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda sequence: (sequence.arrival, sequence.seq_id))
+
+
+class StrictPriority(_Ranked):
+    """Lower `priority` first, and it takes the place of higher ones that run.
+
+    Ageing: a sequence that has waited `ageing_s` longer ranks as one level better, so the rank is
+    `arrival + ageing_s * priority`, which never changes. Age helps to be admitted, not to take
+    running sequences off: only a better level does that.
+    """
+
+    def __init__(self, ageing_s: float = 30.0) -> None:
+        """`ageing_s`: seconds of waiting that make up for one level.
+
+        Raises:
+          ConfigError: it is not a number > 0.
+        """
+        if not 0.0 < ageing_s < math.inf:
+            raise ConfigError("ageing_s", ageing_s, "seconds > 0")
+        super().__init__(lambda s: (s.arrival + ageing_s * s.priority, s.seq_id))
+
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those of a worse level and a worse rank, worst first."""
+        rank = self._key(head)
+        worse = [s for s in running if s.priority > head.priority and self._key(s) > rank]
+        return sorted(worse, key=self._key, reverse=True)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fair": Fair, "fcfs": FirstComeFirstServed, "priority": StrictPriority,
+}

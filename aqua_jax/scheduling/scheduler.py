@@ -1,7 +1,11 @@
 """Decides what each step runs: continuous batching with chunked prefill over a paged pool.
 
-One call of `plan` goes through three stages.
+One call of `plan` goes through these stages.
 
+0. *Turns*, for policies that have them (`Policy.yielding`). While the head of the queue doesn't
+   fit, running sequences whose turn is over give way to it, if together they make enough room;
+   otherwise nobody does, and since nobody overtakes the head, room gathers for it. The head gets
+   slot and pages here, and its first chunk in stage 1, within what decodes leave of the budget.
 1. *Running sequences*, in the policy's order. Decodes need one token each, and one token of the
    budget is set aside for every decode still to come, so a long prompt never holds up a decode.
    A sequence that needs a page when none is left makes the policy's victim give way by recompute:
@@ -31,55 +35,17 @@ the order never gives way to a later one, and a blocked head waits only for sequ
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
-from aqua_jax.errors import ConfigError, RequestError, SequenceStateError
+from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.pages import PageHandle, PagePool, release_all
 from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.scheduling.bounds import WaitingBound
+from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.policies import Policy
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slots import Slots
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits of a step and of a sequence.
-
-    Raises:
-      ConfigError: a field is out of range.
-    """
-
-    max_num_seqs: int  # sequences in a step, and slots
-    max_step_tokens: int  # tokens in a step, prompt chunks and decodes together
-    max_model_len: int  # tokens of one sequence, prompt and output
-    max_chunk_tokens: int | None = None  # longest prompt chunk of a sequence; None: the step's
-    growth_tokens: int = 48  # room to grow, per running sequence, that an admission must leave
-
-    def __post_init__(self) -> None:
-        for field in ("max_num_seqs", "max_model_len"):
-            if getattr(self, field) < 1:
-                raise ConfigError(field, getattr(self, field), "an integer > 0")
-        if self.max_step_tokens < self.max_num_seqs:
-            raise ConfigError(
-                "max_step_tokens", self.max_step_tokens,
-                f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
-            )
-        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
-            raise ConfigError("max_chunk_tokens", self.max_chunk_tokens, "an integer > 0 or None")
-        if self.growth_tokens < 0:
-            raise ConfigError("growth_tokens", self.growth_tokens, "an integer >= 0")
-
-
-@dataclasses.dataclass
-class SchedulerCounters:
-    """Totals since the start."""
-
-    plans: int = 0
-    tokens: int = 0  # computed, recomputed ones included
-    recomputed_tokens: int = 0  # computed before, dropped, and not found in the prefix cache
-    preemptions: int = 0
-    finished: int = 0
-    aborted: int = 0
 
 
 @dataclasses.dataclass
@@ -88,7 +54,7 @@ class _Draft:
 
     budget: int
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    copies: dict[Sequence, tuple[int, int]] = dataclasses.field(default_factory=dict)
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
     pages_coming: bool = False  # some sequence only waits for its last token
     pages_short: bool = False  # a running sequence was refused a page
@@ -96,6 +62,11 @@ class _Draft:
     def add(self, sequence: Sequence, count: int, pending: int) -> None:
         self.chunks.append(Chunk(sequence, sequence.num_computed, count, count == pending))
         self.budget -= count
+
+    def drop(self, sequence: Sequence) -> None:
+        """A sequence lost its pages; a copy into one of them must not hit its next owner."""
+        self.preempted.append(sequence)
+        self.copies.pop(sequence, None)
 
 
 class Scheduler:
@@ -144,7 +115,7 @@ class Scheduler:
         """
         if sequence in self._live or sequence.status is not Status.WAITING:
             raise SequenceStateError(f"{sequence} was added before")
-        self._check_length(sequence)
+        check_request(sequence, self.config, self.pool)
         parent = sequence.parent
         if parent is not None and (
             parent.parent is not None
@@ -161,6 +132,8 @@ class Scheduler:
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when nothing can run before a token arrives or one is added."""
         draft = _Draft(self.config.max_step_tokens)
+        self.policy.begin(now, len(self._running))
+        self._take_turns(draft, now)
         self._serve_running(draft, now)
         if not draft.pages_short:
             self._admit_waiting(draft, now)
@@ -205,6 +178,73 @@ class Scheduler:
             sequence.num_inflight = 0
         self.pool.forget_cached()
 
+    def waiting_bound(self, run_ahead: int = 1) -> WaitingBound | None:
+        """How long a runnable sequence can wait under the present load, in steps; None if the
+        policy promises nothing or nobody is live. Looks at every live sequence."""
+        return self.policy.waiting_bound(self.config, self.pool, run_ahead)
+
+    # Stage 0: turns.
+
+    def _take_turns(self, draft: _Draft, now: float) -> None:
+        unfinished = -1  # prompt tokens that admitted sequences wait to compute; -1: not counted
+        growth = 0  # pages the running ones may claim soon
+        while (head := self._head(now)) is not None:
+            yielding = self.policy.yielding(head, self._running)
+            if not yielding or head in draft.preempted:
+                return
+            if any(sequence.complete for sequence in self._running):
+                return  # what ends now gives its place back in a moment
+            if unfinished < 0:
+                unfinished = sum(s.pending for s in self._running if s.pending > 1)
+                growth = sum(map(self._growth, self._running))
+            if unfinished >= self.config.max_step_tokens - len(self._running):
+                return  # its prompt could not begin in this step
+            growth += self._growth(head)
+            victims = self._room_for(head, yielding, growth)
+            for victim in victims:
+                growth -= self._growth(victim)
+                self._preempt(victim)
+                draft.drop(victim)
+            self.counters.switches += len(victims)
+            if not victims or not self._admit(head, draft, growth):
+                return
+            unfinished += head.pending
+
+    def _room_for(
+        self, head: Sequence, yielding: list[Sequence], growth: int
+    ) -> list[Sequence]:
+        """The first of `yielding`, as many as must go so that `head` fits; none if it fits
+        without, or not even when all go: then nobody goes, and what comes free is kept for it."""
+        parent = head.parent
+        shared, _, _ = self._reusable(head)
+        others = [sequence for sequence in yielding if sequence is not parent]
+        victims = self._enough(head, others, shared, growth)
+        if not victims and parent in yielding:  # it goes as well, and there is nothing to share
+            victims = self._enough(head, yielding, [], growth)
+        return victims
+
+    def _enough(
+        self, head: Sequence, yielding: list[Sequence], shared: list[PageHandle], growth: int
+    ) -> list[Sequence]:
+        pool = self.pool
+        fresh = pool.pages_for(head.total_len) - len(shared)
+        missing = fresh + sum(pool.references(page) == 0 for page in shared)
+        missing += growth - pool.available
+        if missing <= 0 and self.slots.available:
+            return []
+        gains = [len(victim.pages) + self._growth(victim) for victim in yielding]
+        if sum(gains) < missing:
+            return []
+        kept, released = set(shared), Counter[PageHandle]()
+        for index, victim in enumerate(yielding):
+            missing -= self._growth(victim)
+            for page in victim.pages:
+                released[page] += 1
+                missing -= page not in kept and released[page] == pool.references(page)
+            if missing <= 0:
+                return yielding[: index + 1]
+        return []
+
     # Stage 1: running sequences.
 
     def _serve_running(self, draft: _Draft, now: float) -> None:
@@ -239,7 +279,7 @@ class Scheduler:
             unplanned = (runnable[i] for i in range(len(runnable) - 1, index - 1, -1))
             victim = self.policy.victim(s for s in unplanned if s.status is Status.RUNNING)
             self._preempt(victim)
-            draft.preempted.append(victim)
+            draft.drop(victim)
             if victim is sequence:
                 return False
         return True
@@ -258,27 +298,40 @@ class Scheduler:
     def _admit_waiting(self, draft: _Draft, now: float) -> None:
         growth: int | None = None  # pages the running ones may claim soon
         while draft.budget > 0 and self.slots.available:
-            sequence = self.policy.head(now)
-            if sequence is None or sequence.num_inflight > 0:
+            sequence = self._head(now)
+            if sequence is None or sequence in draft.preempted:
                 return
-            if self._awaits_parent(sequence):  # which was preempted meanwhile
-                self.policy.remove(sequence)
-                self._enqueue(sequence)
-                continue
             if growth is None:
                 growth = sum(map(self._growth, self._running))
             growth += self._growth(sequence)
             if not self._admit(sequence, draft, growth):
                 return
+            count = min(sequence.pending, draft.budget, self._chunk_limit)
+            draft.add(sequence, count, sequence.pending)
+
+    def _head(self, now: float) -> Sequence | None:
+        """The head of the queue, if it can be admitted as far as its tokens are concerned."""
+        while True:
+            sequence = self.policy.head(now)
+            if sequence is None or sequence.num_inflight > 0:
+                return None
+            if not self._awaits_parent(sequence):
+                return sequence
+            self.policy.remove(sequence)  # its parent was preempted meanwhile
+            self._enqueue(sequence)
 
     def _growth(self, sequence: Sequence) -> int:
-        """Pages a sequence will ask for in its next `growth_tokens` tokens."""
-        known = sequence.total_len
-        soon = min(known + self.config.growth_tokens, sequence.max_total_tokens - 1)
+        """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
+        policy with slices, in a whole slice if that is longer, counted from the pages it has."""
+        known, slice_steps = sequence.total_len, int(self.policy.growth_steps)
+        horizon = max(self.config.growth_tokens, slice_steps)
+        soon = min(known + horizon, sequence.max_total_tokens - 1)
+        if slice_steps and sequence.pages:
+            return max(0, self.pool.pages_for(soon) - len(sequence.pages))
         return max(0, self.pool.pages_for(soon) - self.pool.pages_for(known))
 
     def _admit(self, sequence: Sequence, draft: _Draft, growth: int) -> bool:
-        """Gives a waiting sequence its slot, the pages of its tokens and a first chunk."""
+        """Gives a waiting sequence its slot and the pages of its tokens."""
         pool = self.pool
         shared, source, computed = self._reusable(sequence)
         fresh = pool.pages_for(sequence.total_len) - len(shared)
@@ -292,7 +345,7 @@ class Scheduler:
         if pages is None or slot is None:
             raise SequenceStateError(f"{sequence}: pages or slots changed during a plan")
         if source is not None:
-            draft.copies.append((source.id, pages[0].id))
+            draft.copies[sequence] = (source.id, pages[0].id)
         self.policy.remove(sequence)
         self._running[sequence] = None
         sequence.status = Status.RUNNING
@@ -308,9 +361,8 @@ class Scheduler:
         lost = max(0, sequence.num_dropped - computed)
         sequence.num_lost += lost
         self.counters.recomputed_tokens += lost
+        self.policy.admitted(sequence, lost)
         sequence.num_dropped = 0
-        count = min(sequence.pending, draft.budget, self._chunk_limit)
-        draft.add(sequence, count, sequence.pending)
         return True
 
     def _reusable(self, sequence: Sequence) -> tuple[list[PageHandle], PageHandle | None, int]:
@@ -350,8 +402,8 @@ class Scheduler:
             if sequence in self._held and sequence.num_computed >= sequence.prompt_len - 1:
                 self._release_forks(sequence)
         plan = Plan(
-            self.counters.plans, tuple(draft.chunks), tuple(draft.copies), tuple(draft.preempted),
-            num_tokens,
+            self.counters.plans, tuple(draft.chunks), tuple(draft.copies.values()),
+            tuple(draft.preempted), num_tokens,
         )
         self.counters.plans += 1
         self.counters.tokens += num_tokens
@@ -415,20 +467,3 @@ class Scheduler:
         self._live.remove(sequence)
         self._release_forks(sequence)
         self.policy.on_finish(sequence)
-
-    def _check_length(self, sequence: Sequence) -> None:
-        limit = min(self.config.max_model_len, self.pool.num_pages * self.pool.page_tokens + 1)
-        why = (
-            f"max_model_len ({self.config.max_model_len})"
-            if limit == self.config.max_model_len
-            else f"what the KV pool of {self.pool.num_pages} pages holds ({limit})"
-        )
-        if not 1 <= sequence.prompt_len < limit:
-            raise RequestError(
-                "prompt", f"{sequence.prompt_len} tokens", f"1 token or more, fewer than {why}"
-            )
-        if not sequence.prompt_len < sequence.max_total_tokens <= limit:
-            raise RequestError(
-                "max_tokens", sequence.max_total_tokens - sequence.prompt_len,
-                f"1 or more; with the prompt's {sequence.prompt_len} at most {why}",
-            )

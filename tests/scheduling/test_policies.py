@@ -1,9 +1,14 @@
-"""First come, first served."""
+"""First come, first served; strict priority. (`fair` has its own file.)"""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqua_jax.scheduling.policies import POLICIES, FirstComeFirstServed
+from aqua_jax.errors import ConfigError
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.scheduling.fair import Fair
+from aqua_jax.scheduling.limits import SchedulerConfig
+from aqua_jax.scheduling.policies import POLICIES, FirstComeFirstServed, StrictPriority
 from aqua_jax.scheduling.sequence import Sequence
 
 
@@ -44,5 +49,46 @@ def test_early_arrivals_run_first_and_the_latest_gives_way(arrivals, random):
     assert policy.victim(reversed(order)) is expected[-1]
 
 
-def test_the_policy_has_a_name():
-    assert POLICIES["fcfs"] is FirstComeFirstServed
+def test_policies_have_names():
+    assert POLICIES == {
+        "fair": Fair, "fcfs": FirstComeFirstServed, "priority": StrictPriority
+    }
+
+
+def test_lower_priority_runs_first_and_takes_the_place_of_higher_ones():
+    policy = StrictPriority(ageing_s=10.0)
+    running = _sequences([0, 1, 2])
+    for sequence, priority in zip(running, (1, 2, 2), strict=True):
+        sequence.priority = priority
+    urgent = Sequence(7, "urgent", [1], 2, arrival=3.0, priority=1)
+    policy.push(urgent)
+    assert policy.yielding(urgent, running) == [running[2], running[1]]
+    urgent.priority = 2
+    assert policy.yielding(urgent, running) == []
+
+
+def test_age_makes_up_for_priority_but_takes_nobody_off():
+    policy = StrictPriority(ageing_s=10.0)
+    old = Sequence(0, "old", [1], 2, arrival=0.0, priority=3)
+    soon = Sequence(1, "soon", [1], 2, arrival=29.0, priority=0)
+    late = Sequence(2, "late", [1], 2, arrival=31.0, priority=0)
+    for sequence in (late, soon, old):
+        policy.push(sequence)
+    order = []
+    while len(policy):
+        order.append(policy.head(0.0))
+        policy.remove(order[-1])
+    assert order == [soon, old, late]
+    assert policy.yielding(old, [late]) == []
+
+
+@pytest.mark.parametrize("ageing_s", [0.0, -1.0, float("inf")])
+def test_ageing_is_checked(ageing_s):
+    with pytest.raises(ConfigError):
+        StrictPriority(ageing_s)
+
+
+def test_ranks_promise_no_bound():
+    pool, limits = PagePool(8, 4), SchedulerConfig(2, 8, 100)
+    assert POLICIES["fcfs"]().waiting_bound(limits, pool) is None
+    assert POLICIES["fair"]().waiting_bound(limits, pool) is None  # nobody is live

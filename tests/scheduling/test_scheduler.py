@@ -383,6 +383,13 @@ def test_what_could_never_end_is_refused(prompt, output, field, allowed):
     assert engine.scheduler.num_live == 0
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_weights_are_numbers_above_zero(weight):
+    with pytest.raises(RequestError) as caught:
+        make_engine().scheduler.add(sequence(4, 4, weight=weight))
+    assert caught.value.field == "weight"
+
+
 def test_what_the_pool_cannot_hold_alone_is_refused_and_the_rest_is_not():
     engine = make_engine(num_pages=4, growth_tokens=100)
     with pytest.raises(RequestError, match="KV pool of 4 pages"):

@@ -1,0 +1,90 @@
+"""How long a runnable sequence can wait under `fair`, from configuration and live counts.
+
+A *turn* is what a sequence gets by one admission. The bound is the number of turns that others can
+take before a waiting sequence is admitted, times what a turn takes.
+
+*Turns within a user.* A sequence goes into the queue at most one of its own turns ahead of the
+clock (`VirtualTimeQueue.forgive`, `join`). Every turn of another moves the clock by at least
+`slice / (sum of weights)`, so after `inverse_share = samples * (sum of weights) / weight` turns the
+clock has reached it, and nobody who comes later is served before it, newcomers with a head start
+excepted: their share of all service is `credit_share`, and a few more are saved up. Those who were
+there and are behind it take at most one turn each: the head is always the one furthest behind.
+
+    turns = (inverse_share + sequences) / (1 - credit_share) + saved head starts
+
+*Turns between users.* A user gets one turn each time the others, together, have got
+`inverse_user_share` times the service of a turn; and where its turns cost the most and theirs the
+least, that is `turn_ratio` turns to one. With one user the factor is 1.
+
+    turns = inverse_user_share * turn_ratio * (turns within + 2)
+
+*Steps.* While someone waits, at least `concurrent` sequences hold slots (the pool holds so many of
+the longest, and the head needs no more). The prompts of all turns need at most
+`turns * ceil(longest / prefill_tokens)` steps, for what decodes leave of a step goes to prompts. In
+a step without a prompt every running sequence decodes, so slices end at a rate of
+`concurrent / slice_steps`, and each change of places takes some steps more until the tokens in
+flight have arrived:
+
+    steps = turns * ceil(longest / prefill_tokens) + (turns / concurrent + 1) * (slice + latency)
+
+With the guard (`Slices`), a switch waits until other tokens have paid for it as well:
+
+    + turns * ceil(longest * (1 - share) / share / concurrent)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+_SWITCH_LATENCY = 2  # steps besides those the host runs ahead: the switch, and the end of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is live."""
+
+    sequences: int
+    users: int
+    longest: int  # tokens of a sequence, prompt and output
+    inverse_share: float  # greatest of samples * (its user's sequences' weight) / weight
+    inverse_user_share: float  # all users' weight / the least
+    turn_ratio: float  # service of the dearest turn / the cheapest
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What serves it."""
+
+    concurrent: int  # sequences of the longest kind that slots and pool hold
+    prefill_tokens: int  # prompt tokens of one sequence that a step has room for, at least
+    slice_steps: float
+    credit_share: float
+    saved_credits: int
+    recompute_share: float | None  # of the guard; None: there is none
+    run_ahead: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class WaitingBound:
+    """Nobody who could run waits longer, as long as the load is no greater."""
+
+    turns: float
+    steps: float
+
+
+def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
+    """The bound of the module's text. Infinite where slices are."""
+    turns = math.ceil((load.inverse_share + load.sequences) / (1.0 - machine.credit_share))
+    turns += machine.saved_credits
+    if load.users > 1:
+        turns = math.ceil(load.inverse_user_share * load.turn_ratio * (turns + 2))
+    if machine.slice_steps == math.inf:
+        return WaitingBound(math.inf, math.inf)
+    latency = machine.run_ahead + _SWITCH_LATENCY
+    steps = turns * math.ceil(load.longest / machine.prefill_tokens)
+    steps += (math.ceil(turns / machine.concurrent) + 1) * (int(machine.slice_steps) + latency)
+    if machine.recompute_share is not None:
+        tokens = load.longest * (1.0 - machine.recompute_share) / machine.recompute_share
+        steps += turns * math.ceil(tokens / machine.concurrent)
+    return WaitingBound(turns, steps)

@@ -1,0 +1,377 @@
+"""Completely fair scheduling: users share the machine by service, a user's requests by turns.
+
+Two levels of weighted fair queueing (`virtual_time.py`).
+
+*Users* compete by service: prefill and decode tokens at their relative costs, recomputed tokens
+and moved bytes included, for all of it is machine time that others don't get. One user's thousand
+requests get what another's single one gets, as long as that one can use it. A user without waiting
+requests has all it asked for, so it may not save up a claim: it lags behind the clock by at most a
+few slices. And what is served beyond a slice while nobody waits is free: it was taken from nobody.
+
+*Sequences* of a user compete by slices: being admitted is charged as one slice, whatever is used of
+it, and each further step that others wait through as what it is; back in the queue, it is at most
+one slice ahead of the clock. Prompts are charged to the user alone. Were they
+charged to the request as well, one with 4,000 prompt tokens would get its first slice and then
+wait until every other has had as much, a hundred turns of 20 steps; so the gap would depend on the
+longest prompt in the house. n samples of a request share the weight of one.
+
+A newcomer, user or sequence, starts at the clock of its queue, with one slice of *head start* when
+it can be afforded: head starts are paid from `credit_share` of the service given, so a stream of
+newcomers delays the others by that share at most.
+
+Within a slice nothing changes the order, and equal vruntimes go by arrival. So with infinite slices
+and one user this is first come, first served, step for step.
+
+Source: CFS (Linux), WF2Q+ (Bennett and Zhang, 1996), and VTC (Sheng et al., OSDI 2024), which
+counts service in tokens but never takes a running request off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from aqua_jax.errors import ConfigError
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.scheduling.bounds import Load, Machine, WaitingBound, waiting_bound
+from aqua_jax.scheduling.limits import SchedulerConfig
+from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.slices import SliceConfig, Slices
+from aqua_jax.scheduling.virtual_time import Member, VirtualTimeQueue
+
+CREDIT_SLICES = 4  # head starts that can be saved up
+_LAG_SLICES = 16  # what a user who has all it asked for may be behind
+_LONG_SLICE = 256.0  # steps; what counts as a slice there when slices are infinite
+_IDLE_USERS = 1024  # remembered users without requests, at least, before debts are swept
+
+
+@dataclasses.dataclass(frozen=True)
+class FairConfig:
+    """Costs, weights and slices.
+
+    Raises:
+      ConfigError: a field is out of range.
+    """
+
+    slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
+    prefill_cost: float = 0.25  # of one prompt token, in decode tokens
+    decode_cost: float = 1.0
+    cost_per_byte: float = 0.0  # of a byte moved between tiers, in decode tokens
+    cost_per_second: float = 0.0  # of time on the critical path that is no token's
+    user_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # others: 1
+    credit_share: float = 0.1  # of all service, what newcomers may get ahead of their turn
+
+    def __post_init__(self) -> None:
+        for field in ("prefill_cost", "decode_cost"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ConfigError(field, getattr(self, field), "a number > 0")
+        for field in ("cost_per_byte", "cost_per_second"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ConfigError(field, getattr(self, field), "a number >= 0")
+        if not 0 <= self.credit_share < 1:
+            raise ConfigError("credit_share", self.credit_share, "from 0 to less than 1")
+        if not all(0 < weight < math.inf for weight in self.user_weights.values()):
+            raise ConfigError("user_weights", dict(self.user_weights), "numbers > 0")
+
+
+class _User(Member):
+    """A user with live sequences, or with a debt."""
+
+    __slots__ = ("live", "name", "sequences")
+
+    def __init__(self, name: str, weight: float, tie: tuple[float, int]) -> None:
+        super().__init__(weight, tie)
+        self.name = name
+        self.live = 0
+        self.sequences: VirtualTimeQueue[_Account] = VirtualTimeQueue()
+
+
+class _Account(Member):
+    """What a sequence was granted and has used."""
+
+    __slots__ = ("prefill_left", "prepaid", "recompute_left", "sequence", "slice_left", "user")
+
+    def __init__(self, sequence: Sequence, user: _User) -> None:
+        super().__init__(sequence.weight, (sequence.arrival, sequence.seq_id))
+        self.sequence = sequence
+        self.user = user
+        self.prefill_left = 0  # tokens known at admission that are still to be computed
+        self.recompute_left = 0  # of these, tokens computed once before
+        self.slice_left = 0.0  # decode steps; 0: the slice is over
+        self.prepaid = 0.0  # service charged to the user in advance
+
+
+class Fair:
+    """The policy `fair`. Every operation is O(log n) in live sequences, or O(running)."""
+
+    def __init__(self, config: FairConfig | None = None) -> None:
+        self.config = config or FairConfig()
+        self.slices = Slices(self.config.slices)
+        self._users: VirtualTimeQueue[_User] = VirtualTimeQueue()
+        self._active: dict[str, _User] = {}
+        self._idle: dict[str, _User] = {}  # left while ahead of the clock: debts stay
+        self._sweep_at = _IDLE_USERS
+        self._accounts: dict[Sequence, _Account] = {}
+        self._siblings: Counter[tuple[str, str]] = Counter()  # live samples by user and request
+        self._num_waiting = 0
+        self._num_users = 0
+        self._credit = 0.0
+
+    # The waiting queue.
+
+    def push(self, sequence: Sequence) -> None:
+        """Queues a newcomer at the clock, a preempted sequence where its service puts it."""
+        account = self._accounts.get(sequence)
+        if account is None:
+            account = self._join(sequence)
+        else:
+            self._settle(account)
+            self.slices.spend(sequence.num_dropped)
+            account.user.sequences.forgive(account, self._turn(account, self.slices.steps))
+        user = account.user
+        user.sequences.wait(account)
+        if user not in self._users:
+            self._users.wait(user)
+        self._num_waiting += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Unqueues; KeyError if it isn't queued."""
+        account = self._accounts[sequence]
+        user = account.user
+        user.sequences.unwait(account)
+        if not len(user.sequences):
+            self._users.unwait(user)
+        self._num_waiting -= 1
+
+    def head(self, now: float) -> Sequence | None:
+        """The least served sequence of the least served user that has one waiting."""
+        user = self._users.first()
+        if user is None:
+            return None
+        account = user.sequences.first()
+        assert account is not None
+        return account.sequence
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    # Slices.
+
+    @property
+    def growth_steps(self) -> float:
+        """Decode steps that everyone admitted must find pages for: a slice."""
+        return 0 if self.slices.steps == math.inf else self.slices.steps
+
+    def begin(self, now: float, running: int) -> None:
+        """A plan begins."""
+        self.slices.observe(now, len(self._accounts), running)
+
+    def admitted(self, sequence: Sequence, lost: int) -> None:
+        """Charges a slice and the prompt in advance, so that the admissions of one plan alternate
+        between users."""
+        account = self._accounts[sequence]
+        steps, user = self.slices.steps, account.user
+        self.slices.spend(lost - sequence.num_dropped)
+        account.prefill_left, account.recompute_left = sequence.pending, lost
+        account.slice_left = steps
+        account.prepaid = self.config.prefill_cost * sequence.pending
+        if steps != math.inf:
+            ahead = min(steps, sequence.max_total_tokens - sequence.total_len)
+            account.prepaid += self.config.decode_cost * ahead
+            self._charge_turn(account, steps)
+        self._users.charge(user, account.prepaid)
+
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+        """Sequences whose slice is over and that have had no less than `head`, most served first,
+        as many as the guard affords."""
+        if self.slices.steps == math.inf:
+            return []
+        waiting = self._accounts[head]
+        owed = [
+            account for account in map(self._accounts.__getitem__, running)
+            if account.slice_left <= 0 and (
+                account.vruntime >= waiting.vruntime if account.user is waiting.user
+                else account.user.vruntime >= waiting.user.vruntime
+            )
+        ]
+        owed.sort(key=_merit, reverse=True)
+        dropped, result = 0, []
+        for account in owed:
+            dropped += account.sequence.num_computed
+            if not self.slices.affords(dropped):
+                break
+            result.append(account.sequence)
+        return result
+
+    def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
+        """Sequences inside their slices first, the least served of them first."""
+        ordered = [
+            (account.slice_left <= 0, account.user.vruntime, account.vruntime, account.tie, account)
+            for account in map(self._accounts.__getitem__, running)
+        ]
+        ordered.sort()
+        return [entry[4].sequence for entry in ordered]
+
+    def victim(self, candidates: Iterator[Sequence]) -> Sequence:
+        """Whose slice is over; only if there is none, the most served one inside its slice."""
+        last = next(candidates)
+        if self._accounts[last].slice_left <= 0:
+            return last
+        for sequence in candidates:
+            if self._accounts[sequence].slice_left <= 0:
+                return sequence
+        return last
+
+    # Service.
+
+    def on_service(
+        self, sequence: Sequence, *, tokens: int = 0, seconds: float = 0.0, moved_bytes: int = 0
+    ) -> None:
+        """Charges the user for what was not charged in advance, and the sequence beyond its
+        slice."""
+        account, config = self._accounts[sequence], self.config
+        prefill = min(tokens, account.prefill_left)
+        decodes = tokens - prefill
+        new, sampled = decodes, decodes
+        if prefill:
+            again = min(prefill, account.recompute_left)
+            account.prefill_left -= prefill
+            account.recompute_left -= again
+            new += prefill - again
+            sampled += account.prefill_left == 0  # the first token of a turn comes with its prompt
+        self.slices.earn(new)
+        amount = config.prefill_cost * prefill + config.decode_cost * decodes
+        if moved_bytes or seconds:
+            amount += config.cost_per_byte * moved_bytes + config.cost_per_second * seconds
+        self._credit += config.credit_share * amount
+        account.prepaid -= amount
+        if account.prepaid < 0.0:
+            excess, account.prepaid = -account.prepaid, 0.0
+            if self._num_waiting:
+                self._users.charge(account.user, excess)
+                if account.user not in self._users:
+                    self._users.catch_up(account.user, self._lag())
+        if account.slice_left > 0:
+            account.slice_left -= sampled
+        elif decodes and len(account.user.sequences):
+            self._charge_turn(account, decodes)
+
+    def on_finish(self, sequence: Sequence) -> None:
+        """Closes the account; what was charged in advance and not used goes back."""
+        account = self._accounts.pop(sequence, None)
+        if account is None:  # a fork that ended before it could run
+            return
+        self._settle(account)
+        user, request = account.user, (account.user.name, sequence.request_id)
+        self._siblings[request] -= 1
+        if not self._siblings[request]:
+            del self._siblings[request]
+        user.sequences.leave(account)
+        user.live -= 1
+        if user.live == 0:
+            self._users.leave(user)
+            del self._active[user.name]
+            if not self._active:
+                self._idle.clear()  # nobody is left to whom anything could be owed
+            elif user.vruntime > self._users.clock:
+                self._remember(user)
+
+    def waiting_bound(
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+    ) -> WaitingBound | None:
+        """The longest wait of a runnable sequence under the present load; None without load. O(n).
+
+        `run_ahead`: steps that are planned before the tokens of a step are known.
+        """
+        if not self._accounts:
+            return None
+        config, steps, slices = self.config, self.slices.steps, self.config.slices
+        longest, shares, turns = 0, [], []
+        for account in self._accounts.values():
+            sequence, queue = account.sequence, account.user.sequences
+            longest = max(longest, sequence.max_total_tokens)
+            shares.append(self._turn(account, 1) / config.decode_cost * queue.weight
+                          / account.weight)
+            output = sequence.max_total_tokens - sequence.prompt_len
+            turns.append(
+                config.prefill_cost * sequence.prompt_len + config.decode_cost * min(steps, output)
+            )
+        load = Load(
+            sequences=len(self._accounts), users=len(self._active), longest=longest,
+            inverse_share=max(shares),
+            inverse_user_share=self._users.weight / min(u.weight for u in self._active.values()),
+            turn_ratio=(config.prefill_cost * longest + config.decode_cost * steps) / min(turns),
+        )
+        chunk = limits.max_chunk_tokens or limits.max_step_tokens
+        return waiting_bound(load, Machine(
+            concurrent=max(1, min(limits.max_num_seqs, pool.num_pages // pool.pages_for(longest))),
+            prefill_tokens=min(chunk, limits.max_step_tokens - limits.max_num_seqs + 1),
+            slice_steps=steps, credit_share=config.credit_share, saved_credits=CREDIT_SLICES,
+            recompute_share=slices.recompute_share if slices.slice_steps == "auto" else None,
+            run_ahead=run_ahead,
+        ))
+
+    # Inside.
+
+    def _join(self, sequence: Sequence) -> _Account:
+        start = self._head_start()
+        if not 0.0 < start <= self._credit:
+            start = 0.0
+        self._credit -= start
+        user = self._active.get(sequence.user)
+        if user is None:
+            user = self._idle.pop(sequence.user, None) or self._new_user(sequence)
+            self._active[user.name] = user
+            self._users.join(user, start)
+        elif user not in self._users:
+            self._users.catch_up(user, self._lag())
+        account = self._accounts[sequence] = _Account(sequence, user)
+        user.sequences.join(account, start)
+        user.live += 1
+        self._siblings[user.name, sequence.request_id] += 1
+        return account
+
+    def _new_user(self, sequence: Sequence) -> _User:
+        self._num_users += 1
+        weight = self.config.user_weights.get(sequence.user, 1.0)
+        return _User(sequence.user, weight, (sequence.arrival, self._num_users))
+
+    def _remember(self, user: _User) -> None:
+        self._idle[user.name] = user
+        if len(self._idle) > self._sweep_at:
+            clock = self._users.clock
+            self._idle = {n: u for n, u in self._idle.items() if u.vruntime > clock}
+            self._sweep_at = max(_IDLE_USERS, 2 * len(self._idle))
+
+    def _head_start(self) -> float:
+        """One slice, in service; also trims the credit that is saved up to a few of them."""
+        if self.slices.steps == math.inf:
+            return 0.0
+        start = self.config.decode_cost * self.slices.steps
+        self._credit = min(self._credit, CREDIT_SLICES * start)
+        return start
+
+    def _lag(self) -> float:
+        """What a user without waiting sequences may be behind the clock, in service."""
+        return self.config.decode_cost * _LAG_SLICES * min(self.slices.steps, _LONG_SLICE)
+
+    def _charge_turn(self, account: _Account, steps: float) -> None:
+        account.user.sequences.charge(account, self._turn(account, steps))
+
+    def _turn(self, account: _Account, steps: float) -> float:
+        """What so many steps are charged to a sequence; its siblings count as much as itself."""
+        samples = self._siblings[account.user.name, account.sequence.request_id]
+        return self.config.decode_cost * steps * samples
+
+    def _settle(self, account: _Account) -> None:
+        if account.prepaid:
+            self._users.charge(account.user, -account.prepaid)
+        account.prepaid = 0.0
+        account.slice_left = 0.0
+        account.prefill_left = account.recompute_left = 0
+
+
+def _merit(account: _Account) -> tuple[float, float, tuple[float, int]]:
+    return account.user.vruntime, account.vruntime, account.tie

@@ -1,0 +1,108 @@
+"""How long a slice is, and how much may be spent on switching.
+
+A slice is the number of decode steps that an admitted sequence may count on. After them it goes on
+until somebody who has had less needs its place. Short slices give early first tokens and short
+gaps; each switch costs, today a recomputation of everything the sequence knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from aqua_jax.errors import ConfigError
+
+_SMOOTHING = 0.1  # weight of the newest step in the running mean of step times
+_LONGEST_STEP_S = 1.0  # longer pauses between plans are idleness, not steps
+_SAVINGS_TOKENS = 100_000  # the guard's budget is what so many tokens earn, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceConfig:
+    """The length of slices and the bound on what switching costs.
+
+    Raises:
+      ConfigError: a field is out of range.
+    """
+
+    slice_steps: int | float | Literal["auto"] = "auto"  # decode steps; math.inf: no slices
+    tbt_slo_s: float = 0.0  # auto: longest gap aimed at, in seconds; 0: as short as it goes
+    recompute_share: float = 0.2  # auto: of all computed tokens, those spent on switching
+    min_slice_steps: int = 16  # auto
+    max_slice_steps: int = 256  # auto
+
+    def __post_init__(self) -> None:
+        steps = self.slice_steps
+        valid = steps == "auto" or (
+            isinstance(steps, (int, float)) and not isinstance(steps, bool) and steps >= 1
+            and (steps == math.inf or steps == int(steps))
+        )
+        if not valid:
+            raise ConfigError("slice_steps", steps, '"auto", an integer >= 1, or infinity')
+        if not 0 <= self.tbt_slo_s < math.inf:
+            raise ConfigError("tbt_slo_s", self.tbt_slo_s, "seconds >= 0")
+        if not 0 < self.recompute_share < 1:
+            raise ConfigError("recompute_share", self.recompute_share, "between 0 and 1")
+        if not 1 <= self.min_slice_steps <= self.max_slice_steps:
+            raise ConfigError(
+                "min_slice_steps", self.min_slice_steps,
+                f"from 1 to max_slice_steps ({self.max_slice_steps})",
+            )
+
+
+class Slices:
+    """The length of the next slice, and the budget for switches.
+
+    Automatic slices adapt in two ways. The least length follows `tbt_slo_s`: a sequence that gave
+    way comes back after the others' slices, about `live / running` of them, so slices as long as
+    `slo * running / live` keep the gap and switch no more than they must.
+    On top comes the *guard*: a switch that will recompute R tokens is made only when `share / (1 -
+    share) * (other tokens computed)` covers it. So the slices that really happen get longer with
+    what a switch costs, (1 - share) / share * R tokens on average, and at most `recompute_share` of
+    all tokens goes into switching, from the start on and not just in the long run.
+    """
+
+    def __init__(self, config: SliceConfig) -> None:
+        self.config = config
+        self._auto = config.slice_steps == "auto"
+        self._steps = (
+            float(config.min_slice_steps) if config.slice_steps == "auto"
+            else float(config.slice_steps)
+        )
+        self._rate = config.recompute_share / (1 - config.recompute_share)
+        self._budget = 0.0  # tokens that may be recomputed
+        self._step_s = 0.0
+        self._planned_at: float | None = None
+
+    @property
+    def steps(self) -> float:
+        """Decode steps of a slice granted now; infinite when there are no slices."""
+        return self._steps
+
+    def observe(self, now: float, live: int, running: int) -> None:
+        """Called once per plan; adapts the length to the time a step takes and to the load."""
+        if not self._auto or self.config.tbt_slo_s == 0.0:
+            return
+        if self._planned_at is not None and 0.0 < now - self._planned_at < _LONGEST_STEP_S:
+            passed = now - self._planned_at
+            old = self._step_s or passed
+            self._step_s = old + _SMOOTHING * (passed - old)
+        self._planned_at = now
+        if self._step_s > 0.0:
+            others = max(1.0, live / max(1, running) - 1.0)  # slices until one comes back
+            steps = int(self.config.tbt_slo_s / (self._step_s * others))
+            limits = self.config
+            self._steps = float(min(max(steps, limits.min_slice_steps), limits.max_slice_steps))
+
+    def earn(self, tokens: int) -> None:
+        """Tokens were computed for the first time."""
+        self._budget = min(self._budget + self._rate * tokens, self._rate * _SAVINGS_TOKENS)
+
+    def spend(self, tokens: int) -> None:
+        """A switch dropped the KV of so many tokens (negative: some were found again)."""
+        self._budget -= tokens
+
+    def affords(self, tokens: int) -> bool:
+        """Whether a switch may drop so many tokens."""
+        return not self._auto or tokens <= self._budget
