@@ -1,4 +1,4 @@
-"""How much room to grow an admission should leave: the scheduler under a virtual clock.
+"""Admission and policies: the scheduler under a virtual clock.
 
 Runs bursts through the real scheduler with a cost model of a step (the 100M model on two cores:
 8 ms for the weights, 0.5 ms a decode, 0.26 ms a prompt token) and prints, for several values of
@@ -6,21 +6,29 @@ Runs bursts through the real scheduler with a cost model of a step (the 100M mod
 preemptions and recomputed tokens. 0 is vLLM's rule (only the tokens at hand must fit); a value
 above every output length reserves all at admission and never preempts.
 
-    python scripts/admission.py
+With `--policies` it compares policies instead, with giving way by recomputation.
+
+    python scripts/admission.py [--policies]
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
+import functools
 import random
+from collections.abc import Callable
+from typing import Literal
 
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.plan import Plan
-from aqua_jax.scheduling.policies import FirstComeFirstServed
+from aqua_jax.scheduling.policies import FirstComeFirstServed, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.scheduling.slices import SliceConfig
 
 STEP_S, DECODE_S, PROMPT_S = 8e-3, 0.5e-3, 0.26e-3
 PAGE_TOKENS = 16
@@ -48,6 +56,7 @@ class Outcome:
     longest_gap_s: float
     preemptions: int
     recomputed_tokens: int
+    computed_tokens: int
 
 
 BURSTS = (
@@ -65,13 +74,27 @@ def _seconds(plan: Plan) -> float:
     return STEP_S + DECODE_S * decodes + PROMPT_S * (plan.num_tokens - decodes)
 
 
-def simulate(burst: Burst, growth_tokens: int) -> Outcome:
+def fair(slice_steps: int | Literal["auto"], recompute_share: float = 0.2) -> Fair:
+    """The policy with slices of so many steps; the share matters when they are automatic."""
+    return Fair(FairConfig(SliceConfig(slice_steps, recompute_share=recompute_share)))
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fcfs": FirstComeFirstServed,
+    **{f"fair, {n}": functools.partial(fair, n) for n in (5, 10, 20, 40, 80)},
+    **{f"fair, auto {share}": functools.partial(fair, "auto", share) for share in (0.1, 0.2, 0.4)},
+}
+
+
+def simulate(
+    burst: Burst, growth_tokens: int, policy: Callable[[], Policy] = FirstComeFirstServed
+) -> Outcome:
     """Runs a burst to its end, one step ahead of the tokens as the engine does."""
     rng = random.Random(0)
     num_pages = burst.resident * (burst.prompt + burst.output) // PAGE_TOKENS
     pool = PagePool(num_pages, PAGE_TOKENS)
     config = SchedulerConfig(64, 1024, num_pages * PAGE_TOKENS, growth_tokens=growth_tokens)
-    scheduler = Scheduler(config, FirstComeFirstServed(), pool, PrefixCache(pool))
+    scheduler = Scheduler(config, policy(), pool, PrefixCache(pool))
     ends: dict[Sequence, int] = {}
     for index in range(burst.requests):
         prompt, output = (
@@ -110,20 +133,34 @@ def simulate(burst: Burst, growth_tokens: int) -> Outcome:
     counters = scheduler.counters
     return Outcome(
         output_tokens / clock, sorted(first)[int(0.99 * len(first))], longest,
-        counters.preemptions, counters.recomputed_tokens,
+        counters.preemptions, counters.recomputed_tokens, counters.tokens,
     )
 
 
+HEADER = "   tok/s  ttft p99 s   gap s  preempted  recomputed  share"
+
+
+def show(name: str, result: Outcome) -> None:
+    """One line of a table."""
+    share = result.recomputed_tokens / result.computed_tokens
+    print(f"{name:>16}{result.tokens_per_s:8.0f}{result.ttft_p99_s:12.1f}"
+          f"{result.longest_gap_s:8.1f}{result.preemptions:11}{result.recomputed_tokens:12}"
+          f"{share:7.2f}", flush=True)
+
+
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policies", action="store_true", help="compare policies")
+    compare = parser.parse_args().policies
     for burst in BURSTS:
-        print(f"\n{burst.name}\n{'growth':>8}{'tok/s':>8}{'ttft p99 s':>12}{'gap s':>8}"
-              f"{'preempted':>11}{'recomputed':>12}")
-        for growth in (0, 16, 32, 48, 64, 96, 128, 256, 1024):
-            result = simulate(burst, growth)
-            print(f"{growth:8}{result.tokens_per_s:8.0f}{result.ttft_p99_s:12.1f}"
-                  f"{result.longest_gap_s:8.1f}{result.preemptions:11}"
-                  f"{result.recomputed_tokens:12}")
+        print(f"\n{burst.name}\n{'policy' if compare else 'growth':>16}{HEADER}")
+        if compare:
+            for name, policy in POLICIES.items():
+                show(name, simulate(burst, 48, policy))
+        else:
+            for growth in (0, 16, 32, 48, 64, 96, 128, 256, 1024):
+                show(str(growth), simulate(burst, growth))
 
 
 if __name__ == "__main__":

@@ -161,8 +161,8 @@ class Fair:
 
     @property
     def growth_steps(self) -> float:
-        """Decode steps that everyone admitted must find pages for: a slice."""
-        return 0 if self.slices.steps == math.inf else self.slices.steps
+        """Decode steps that everyone admitted must find pages for."""
+        return self.slices.growth_steps
 
     def begin(self, now: float, running: int) -> None:
         """A plan begins."""

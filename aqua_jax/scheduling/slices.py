@@ -80,6 +80,16 @@ class Slices:
         """Decode steps of a slice granted now; infinite when there are no slices."""
         return self._steps
 
+    @property
+    def growth_steps(self) -> float:
+        """Decode steps that an admission must leave room for: a slice, so that nobody gives way in
+        the middle of one; or the longest, while more has been recomputed than was to be, for
+        pages run short as long as admissions are bold."""
+        if self._steps == math.inf:
+            return 0.0
+        overdrawn = self._auto and self._budget < 0.0
+        return float(self.config.max_slice_steps) if overdrawn else self._steps
+
     def observe(self, now: float, live: int, running: int) -> None:
         """Called once per plan; adapts the length to the time a step takes and to the load."""
         if not self._auto or self.config.tbt_slo_s == 0.0:
