@@ -157,7 +157,7 @@ class EngineConfig:
 
     model: str  # directory, .gguf file, or "demo"
     tokenizer: str | None = None  # directory or .gguf; None: the model's own
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     dtype: DType = "auto"  # of weights and matmul inputs
     kv_dtype: DType = "auto"  # of the KV pool; auto: as dtype
     kv_cache_memory: int = 256 * 1024 * 1024  # bytes of KV pool
@@ -184,7 +184,7 @@ class EngineConfig:
 
         check(isinstance(self.model, str) and self.model != "", "model", "a path or 'demo'")
         choices: dict[str, tuple[str, ...]] = {
-            "load_format": ("auto", "safetensors", "gguf", "dummy"),
+            "load_format": ("auto", "safetensors", "gguf", "orbax", "dummy"),
             "dtype": ("auto", "bfloat16", "float32"),
             "kv_dtype": ("auto", "bfloat16", "float32"),
             "policy": ("fcfs",),

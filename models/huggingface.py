@@ -65,6 +65,13 @@ _FILE_NAMES = {
     "kind": "rope_type",
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+# What a kind of rotary scaling may say beside its factor and the trained length.
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": (), "dynamic": (), "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+    ),
+}
 # Values of these fields that this decoder computes; anything else would be silently wrong.
 _ONLY = {
     "hidden_act": ("silu", "swish"),
@@ -286,7 +293,7 @@ def _read_llama3(
         kind="llama3",
         factor=_factor(fields, where),
         original_max_position=_original_length(config, fields),
-        **_given(fields, ("low_freq_factor", "high_freq_factor")),
+        **_given(fields, _ROPE_FIELDS["llama3"]),
     )
 
 
@@ -296,10 +303,7 @@ def _read_yarn(config: Mapping[str, Any], fields: Mapping[str, Any], where: str)
         kind="yarn",
         factor=1.0 if factor is None else factor,
         original_max_position=original,
-        **_given(
-            fields,
-            ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-        ),
+        **_given(fields, _ROPE_FIELDS["yarn"]),
     )
     if factor is None:  # DeepSeek's convention: the ratio of the two lengths
         longest = _max_position(config)
@@ -319,6 +323,56 @@ _ROPE_READERS = {
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `config_from_hf`: what a config.json says for this architecture.
+
+    Biases are written as far as Hugging Face's fields go: a family that has them always or never,
+    or `attention_bias`, which means q, k, v and o together.
+
+    Raises:
+      ConfigError: no config.json says this (such as windows of different sizes).
+    """
+    family, rope = config.family, config.rope_scaling
+    windows = {window for window in config.layer_windows if window is not None}
+    if len(windows) > 1:
+        raise ConfigError("layer_windows", config.layer_windows, "one size for all layers")
+    raw: dict[str, Any] = {
+        "model_type": family,
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": config.hidden_act,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "sliding_window": min(windows, default=None),
+        "attention_bias": config.qkv_bias and config.o_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+    if windows:
+        raw["use_sliding_window"] = True
+        raw["layer_types"] = [_LAYER_TYPES[window is not None] for window in config.layer_windows]
+    if rope.kind != "none":
+        fields = {name: getattr(rope, name) for name in ("factor", *_ROPE_FIELDS[rope.kind])}
+        fields["original_max_position_embeddings"] = rope.original_max_position
+        given = {name: value for name, value in fields.items() if value is not None}
+        raw["rope_scaling"] = {"rope_type": rope.kind, **given}
+    said = config_from_hf(raw)
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config, field.name), getattr(said, field.name)
+        if ours != theirs and not field.name.endswith("_bias"):
+            raise ConfigError(field.name, ours, f"{theirs}, for a {family} model's config.json")
+    return raw
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,8 @@ def define_model_flags(flags: FlagSet) -> None:
             "tokenizer", None, "Directory or .gguf file; default: the model's own.", "PATH"
         )
         choice(
-            "load_format", "Format of the weights; dummy makes seeded random ones from "
-            "config.json alone.",
+            "load_format", "Format of the weights (orbax: an Orbax checkpoint beside config.json); "
+            "dummy makes seeded random ones from config.json alone.",
         )
         choice("dtype", "Type of weights and matmul inputs.")
         flags.integer(

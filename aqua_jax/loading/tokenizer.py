@@ -192,6 +192,20 @@ class FastTokenizer:
         known = [int(token) for token in ids if 0 <= token < 1 << 32]
         return self.backend.decode(known, skip_special_tokens=skip_special)
 
+    def files(self) -> dict[str, bytes]:
+        """Contents by name of the files from which `load_tokenizer` makes this tokenizer again.
+
+        Ids that end a generation beside the one `eos_token` belong into config.json.
+        """
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._special}
+        found = {
+            "tokenizer.json": self.backend.to_str().encode(),
+            "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        }
+        if self._template_source is not None:
+            found["chat_template.jinja"] = self._template_source.encode()
+        return found
+
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of a token; see `Tokenizer.token_bytes`."""
         added = self._added.get(token)

@@ -15,6 +15,7 @@ from aqua_jax.loading.resolve import DEMO_INSTALL, ModelFiles, demo_path
 
 def touch(folder: pathlib.Path, *names: str) -> str:
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
     return str(folder)
 
@@ -28,6 +29,12 @@ def touch(folder: pathlib.Path, *names: str) -> str:
         (["a.gguf", "tokenizer.json"], "auto", ("a.gguf", "gguf")),
         (["config.json"], "dummy", ("", "dummy")),
         (["config.json"], "auto", ("", "safetensors")),
+        (["config.json"], "orbax", ("", "orbax")),
+        (["config.json", "_METADATA"], "auto", ("", "orbax")),
+        (["config.json", "params/_METADATA"], "auto", ("", "orbax")),
+        (["model.safetensors", "params/_METADATA"], "auto", ("", "safetensors")),
+        (["a.gguf", "params/_METADATA"], "auto", ("a.gguf", "gguf")),
+        (["a.orbax-checkpoint-tmp-1/_METADATA"], "auto", ("", "safetensors")),
     ],
 )
 def test_directories(
@@ -49,7 +56,8 @@ def test_a_file(tmp_path: pathlib.Path) -> None:
     [
         ("gone", "auto", "model"), ("", "auto", "model"), ("a\0b", "auto", "model"),
         ("m.safetensors", "auto", "model"), ("m.gguf", "dummy", "model"),
-        ("m.gguf", "safetensors", "model"), ("demo", "dummy", "load_format"),
+        ("m.gguf", "safetensors", "model"), ("m.gguf", "orbax", "model"),
+        ("demo", "dummy", "load_format"), ("demo", "orbax", "load_format"),
         ("m.gguf", "pickle", "load_format"), ("two", "auto", "model"), ("none", "gguf", "model"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tracemalloc
@@ -14,7 +15,7 @@ import pytest
 
 from aqua_jax.errors import ConfigError, ModelLoadError
 from aqua_jax.models.config import ModelConfig, RopeScaling
-from aqua_jax.models.huggingface import config_from_hf, hf_tensor_map
+from aqua_jax.models.huggingface import config_from_hf, config_to_hf, hf_tensor_map
 from aqua_jax.models.parameters import abstract_decoder
 
 LLAMA: dict[str, Any] = {
@@ -54,6 +55,19 @@ def test_what_absent_and_null_fields_mean() -> None:
 def test_several_ends_of_sequence() -> None:
     config = config_from_hf({**LLAMA, "eos_token_id": [128001, 128008, 128009]})
     assert config.eos_token_ids == (128001, 128008, 128009)
+
+
+def test_what_no_config_json_says() -> None:
+    read = config_from_hf({**MISTRAL, "sliding_window": 6})
+    with pytest.raises(ConfigError, match="layer_windows"):
+        config_to_hf(dataclasses.replace(read, layer_windows=(6, 6, 7)))
+    with pytest.raises(ConfigError, match="qk_norm"):
+        config_to_hf(dataclasses.replace(read, qk_norm=True))
+    with pytest.raises(ConfigError, match="model_type"):
+        config_to_hf(dataclasses.replace(read, family="gpt"))
+    # Biases go as far as the fields do.
+    raw = config_to_hf(dataclasses.replace(read, qkv_bias=True))
+    assert config_from_hf(raw) == read
 
 
 def test_biases_by_family() -> None:
@@ -262,7 +276,9 @@ def test_fuzzed_config_is_read_or_refused(
         name = error.field.split(".")[0]
         assert name in (*_FIELDS, "num_parameters"), error
         return
-    # What is accepted can be built, and its rotary rates are usable numbers.
+    # What is accepted can be said again,
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(read)))) == read
+    # can be built, and its rotary rates are usable numbers.
     from aqua_jax.models.rope import attention_scale, inverse_frequencies
 
     rates = inverse_frequencies(read)

@@ -9,7 +9,7 @@ import tomllib
 from tests.packaging.test_architecture import ROOT, imported_names, modules
 
 # Distribution name -> the name it is imported by, where they differ.
-IMPORT_NAMES = {"absl-py": "absl"}
+IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
 # Used without an import statement of ours.
 NOT_IMPORTED = {
     "jaxlib",  # jax's own; its version is pinned beside it
