@@ -215,14 +215,8 @@ class Fair:
         return [entry[4].sequence for entry in ordered]
 
     def victim(self, candidates: Iterator[Sequence]) -> Sequence:
-        """Whose slice is over; only if there is none, the most served one inside its slice."""
-        last = next(candidates)
-        if self._accounts[last].slice_left <= 0:
-            return last
-        for sequence in candidates:
-            if self._accounts[sequence].slice_left <= 0:
-                return sequence
-        return last
+        """The last in the order: inside its slice only when everyone unplanned is."""
+        return next(candidates)
 
     # Service.
 

@@ -343,6 +343,20 @@ def test_head_starts_are_limited_to_their_share() -> None:
     assert 0 < much <= without
 
 
+def test_head_starts_are_paid_for() -> None:
+    policy = fair(8, credit_share=0.25)
+    house = House(policy, num_pages=400, max_num_seqs=2)
+    for _ in range(2):
+        house.add(4, 900)
+    for _ in range(200):
+        house.step()
+    for granted in (4, 0):  # four are saved up at most; then there are none
+        newcomers = [house.add(4, 9) for _ in range(10)]
+        accounts = [policy._accounts[one] for one in newcomers]
+        early = [a for a in accounts if a.vruntime < a.user.sequences.clock]
+        assert len(early) == granted
+
+
 def test_the_guard_bounds_what_is_recomputed() -> None:
     for share in (0.05, 0.2, 0.5):
         house = House(fair("auto", min_slice_steps=4, recompute_share=share), num_pages=200)
@@ -370,6 +384,26 @@ def test_slices_follow_the_objective_for_gaps() -> None:
     assert steps(0.1) == 16  # not even two of these fit
     assert steps(1.0) == pytest.approx(50, abs=1)  # 2 slices of the others, 10 ms a step
     assert steps(60.0) == 256
+
+
+def test_what_a_slice_did_not_use_is_given_back() -> None:
+    policy = fair(50, prefill_cost=0.25)
+    house = House(policy, max_num_seqs=1)
+    for user in ("brief", "brief", "other"):
+        house.add(8, 1, user=user)
+    house.step()
+    assert policy._active["brief"].vruntime == pytest.approx(2.0)  # 8 prompt tokens
+
+
+def test_service_that_nobody_waited_for_is_free() -> None:
+    policy = fair(4, prefill_cost=0.25)
+    house = House(policy, num_pages=400, max_num_seqs=4)
+    for user in "abbb":
+        house.add(4, 200, user=user)
+    for _ in range(150):
+        house.step()
+    one, other = (policy._active[user].vruntime for user in "ab")
+    assert abs(one - other) <= 2 * (4 + 0.25 * 4)  # no more than the slices first granted
 
 
 def test_moved_bytes_and_seconds_are_service() -> None:

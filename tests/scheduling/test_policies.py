@@ -1,5 +1,7 @@
 """First come, first served; strict priority. (`fair` has its own file.)"""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,9 @@ from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.fair import Fair
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.policies import POLICIES, FirstComeFirstServed, StrictPriority
+from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.sequence import Sequence
+from tests.scheduling.fake_device import FakeEngine
 
 
 def _sequences(arrivals):
@@ -92,3 +96,26 @@ def test_ranks_promise_no_bound():
     pool, limits = PagePool(8, 4), SchedulerConfig(2, 8, 100)
     assert POLICIES["fcfs"]().waiting_bound(limits, pool) is None
     assert POLICIES["fair"]().waiting_bound(limits, pool) is None  # nobody is live
+
+
+def test_a_fork_that_loses_its_pages_in_the_plan_that_gave_them_copies_nothing():
+    pool = PagePool(3, 4)
+    scheduler = Scheduler(
+        SchedulerConfig(2, 32, 100, growth_tokens=0), StrictPriority(), pool, None
+    )
+    engine = FakeEngine(scheduler, random.Random(0), 0)
+    parent = Sequence(0, "0", [1, 2, 3, 4, 5, 6], 12)
+    lowly = Sequence(1, "1", [7], 5, priority=1)
+    for sequence in (parent, lowly):
+        engine.add(sequence)
+    while parent.num_computed < 8:
+        engine.step()
+    fork = Sequence(2, "0", list(parent.tokens[:6]), 8, sample_index=1, parent=parent)
+    engine.add(fork)
+    plan = engine.step()  # `lowly` gives way to the fork, and the fork to the parent
+    assert plan.preempted == (lowly, fork)
+    assert plan.copies == ()
+    while scheduler.num_live:
+        engine.step()
+    engine.drain()
+    assert set(engine.ended) == {parent, lowly, fork}
