@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqua_jax.errors import ConfigError
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.scheduling.fair import Fair, FairConfig
@@ -215,6 +214,33 @@ def test_a_page_shortage_hits_those_whose_slice_is_over() -> None:
     while house.scheduler.num_live:
         house.step()
     assert young.preemptions == 0
+
+
+def test_those_inside_their_slices_come_first() -> None:
+    policy = fair(4)
+    house = House(policy, max_num_seqs=2)
+    old = house.add(4, 100)
+    for _ in range(10):
+        house.step()
+    young = house.add(4, 100)
+    house.step()
+    assert policy._accounts[young].vruntime > policy._accounts[old].vruntime
+    assert policy.running_order([old, young], 0.0) == [young, old]
+
+
+def test_nobody_gives_way_to_a_prompt_that_could_not_begin() -> None:
+    house = House(fair(4), num_pages=200, max_num_seqs=4, max_step_tokens=8)
+    for _ in range(4):
+        house.add(1, 100)
+    for _ in range(10):
+        house.step()
+    for _ in range(4):
+        house.add(40, 10)
+    for _ in range(20):
+        before = house.scheduler.counters.switches
+        house.step()
+        assert house.scheduler.counters.switches <= before + 1
+        assert sum(s.num_computed == 0 for s in house.scheduler._running) == 0
 
 
 def test_decodes_go_on_while_others_switch_in() -> None:
@@ -459,25 +485,8 @@ def test_no_runnable_sequence_waits_longer_than_the_bound(crowd: Crowd) -> None:
             )
             house.note_bound()
         if house.scheduler.num_live:
+            inside = [s for s in house.scheduler._running if policy._accounts[s].slice_left > 0]
             house.step()
+            assert not any(s.status is Status.WAITING for s in inside), "a slice was cut short"
             waited = max((house.steps - s for s in house.waiting_since.values()), default=0)
             assert max(waited, house.longest_wait) <= house.bound
-
-
-@pytest.mark.parametrize(
-    "make, field",
-    [
-        (lambda: SliceConfig(0), "slice_steps"), (lambda: SliceConfig("short"), "slice_steps"),
-        (lambda: SliceConfig(tbt_slo_s=-1.0), "tbt_slo_s"),
-        (lambda: SliceConfig(recompute_share=1.0), "recompute_share"),
-        (lambda: SliceConfig(min_slice_steps=9, max_slice_steps=8), "min_slice_steps"),
-        (lambda: FairConfig(prefill_cost=0.0), "prefill_cost"),
-        (lambda: FairConfig(cost_per_byte=-1.0), "cost_per_byte"),
-        (lambda: FairConfig(credit_share=1.0), "credit_share"),
-        (lambda: FairConfig(user_weights={"a": 0.0}), "user_weights"),
-    ],
-)
-def test_configurations_are_checked(make, field) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make()
-    assert caught.value.field == field
