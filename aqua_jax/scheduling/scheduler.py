@@ -28,8 +28,10 @@ tokens of n or n-1 are known: `num_inflight` counts them, to any depth. A sequen
 stop is known ahead is not scheduled again. A preempted one resumes once its tokens in flight have
 been accepted, because recomputing needs all its tokens on the host.
 
-Everything accepted ends: `add` refuses what the whole pool could not hold, the first sequence in
-the order never gives way to a later one, and a blocked head waits only for sequences that run.
+Everything accepted ends: `add` refuses what the whole pool could not hold, whoever takes another's
+page computes a token with it in the same plan, a turn ends only after it has brought tokens (or,
+under strict priority, for a better rank, which never changes), and a blocked head waits only for
+sequences that run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aqua_jax.paging.pages import PagePool
@@ -467,6 +467,7 @@ class Crowd:
     st.integers(1, 4), st.booleans(), st.integers(1, 40), st.integers(2, 24),
     st.sampled_from([2, 10, 40]), st.integers(0, 2**32),
 ))
+@example(Crowd(2, 29, 8, 2, True, 33, 18, 40, 711))  # needs room counted from the pages held
 @settings(max_examples=scaled(60), deadline=None)
 def test_no_runnable_sequence_waits_longer_than_the_bound(crowd: Crowd) -> None:
     policy = fair(crowd.slice_steps, min_slice_steps=4)

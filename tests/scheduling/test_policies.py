@@ -119,3 +119,18 @@ def test_a_fork_that_loses_its_pages_in_the_plan_that_gave_them_copies_nothing()
         engine.step()
     engine.drain()
     assert set(engine.ended) == {parent, lowly, fork}
+
+
+def test_nobody_is_taken_off_while_a_place_is_about_to_come_free():
+    pool = PagePool(8, 4)
+    scheduler = Scheduler(SchedulerConfig(1, 32, 100), StrictPriority(), pool, None)
+    engine = FakeEngine(scheduler, random.Random(0), 1)
+    ending, urgent = Sequence(0, "0", [1, 2], 3, priority=1), Sequence(1, "1", [3], 4)
+    engine.add(ending)
+    engine.step()
+    assert ending.complete  # and its token is still on the device
+    engine.add(urgent)
+    while scheduler.num_live:
+        engine.step()
+    engine.drain()
+    assert scheduler.counters.preemptions == 0
