@@ -170,7 +170,10 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_chunk_tokens: int | None = None  # longest prompt chunk of one sequence; None: the step's
     prefix_caching: bool = True
-    policy: Literal["fcfs"] = "fcfs"
+    # Who runs next; without a tier below the pool whoever gives way is recomputed.
+    policy: Literal["fcfs", "fair", "priority"] = "fcfs"
+    slice_steps: int | None = None  # fair: decode steps of a turn; None: by what a switch costs
+    tbt_slo_ms: float = 0.0  # fair: longest gap between tokens aimed at; 0: as short as it goes
     attention: Literal["auto", "ffi", "reference"] = "auto"
     matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
@@ -187,7 +190,7 @@ class EngineConfig:
             "load_format": ("auto", "safetensors", "gguf", "orbax", "dummy"),
             "dtype": ("auto", "bfloat16", "float32"),
             "kv_dtype": ("auto", "bfloat16", "float32"),
-            "policy": ("fcfs",),
+            "policy": ("fcfs", "fair", "priority"),
             "attention": ("auto", "ffi", "reference"),
             "matmul": ("auto", "ffi", "xla"),
             "warmup": ("none", "minimal", "full"),
@@ -197,7 +200,10 @@ class EngineConfig:
         for field in ("page_tokens", "max_num_seqs", "kv_cache_memory"):
             value = getattr(self, field)
             check(_is_int(value) and value > 0, field, "an integer > 0")
-        optional = ("kv_cache_tokens", "max_model_len", "max_step_tokens", "max_chunk_tokens")
+        optional = (
+            "kv_cache_tokens", "max_model_len", "max_step_tokens", "max_chunk_tokens",
+            "slice_steps",
+        )
         for field in optional:
             value = getattr(self, field)
             check(value is None or (_is_int(value) and value > 0), field, "an integer > 0 or null")
@@ -210,6 +216,10 @@ class EngineConfig:
             f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
         )
         check(_is_int(self.seed), "seed", "an integer")
+        check(
+            _is_number(self.tbt_slo_ms) and self.tbt_slo_ms >= 0, "tbt_slo_ms",
+            "milliseconds, a number >= 0",
+        )
         for field in ("prefix_caching", "deterministic"):
             check(isinstance(getattr(self, field), bool), field, "true or false")
 

@@ -37,7 +37,8 @@ class EngineLike(Protocol):
     tokenizer: Any
 
     def add_request(
-        self, request_id: str, prompt: Any, params: SamplingParams, *, user: str = ""
+        self, request_id: str, prompt: Any, params: SamplingParams, *, user: str = "",
+        weight: float = 1.0, priority: int = 0,
     ) -> None:
         """Accepts a request or raises RequestError."""
 
@@ -229,7 +230,10 @@ class Job:
         name = f"line-{request.line}"
         try:
             prompt = self._prompt(request)
-            self._engine.add_request(name, prompt, self._seeded(request), user=request.user)
+            self._engine.add_request(
+                name, prompt, self._seeded(request), user=request.user, weight=request.weight,
+                priority=request.priority,
+            )
         except RequestError as error:
             self._refuse(request.id, request.line, request.size, error, request.dialect != OWN)
             return

@@ -15,6 +15,7 @@ OWN, CHAT, COMPLETIONS = "own", "/v1/chat/completions", "/v1/completions"
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")
+_SCHEDULING = ("user", "weight", "priority")
 
 RequestId = str | int
 
@@ -32,6 +33,8 @@ class BatchRequest:
       params: with the job's defaults filled in.
       model: name of the model as the request writes it, echoed by OpenAI's dialect.
       user: whose request it is, for fair scheduling.
+      weight: its share of its user's service, for fair scheduling.
+      priority: lower runs first, for scheduling by priority.
       size: bytes of the line, for progress.
     """
 
@@ -43,6 +46,8 @@ class BatchRequest:
     params: SamplingParams
     model: str | None = None
     user: str = ""
+    weight: float = 1.0
+    priority: int = 0
     size: int = 0
 
 
@@ -93,7 +98,7 @@ def parse_own(
     Raises:
       RequestError: unknown field, wrong type, no prompt or more than one, empty.
     """
-    refuse_unknown(record, ("id", *_PROMPTS, *_SAMPLING))
+    refuse_unknown(record, ("id", *_PROMPTS, *_SAMPLING, *_SCHEDULING))
     given = [name for name in _PROMPTS if name in record]
     if len(given) != 1:
         raise RequestError(
@@ -113,4 +118,27 @@ def parse_own(
         prompt = check_prompt(record["prompt"])
     changes = {name: record[name] for name in _SAMPLING if name in record}
     params = dataclasses.replace(defaults, **changes)
-    return BatchRequest(key, line, OWN, prompt, messages, params, size=size)
+    return BatchRequest(
+        key, line, OWN, prompt, messages, params, **scheduling_fields(record), size=size
+    )
+
+
+def scheduling_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The checked `user`, `weight` and `priority` of a line, where it has them.
+
+    Raises:
+      RequestError: wrong type or out of range.
+    """
+    found = {name: record[name] for name in _SCHEDULING if name in record}
+    if "user" in found:
+        if not isinstance(found["user"], str):
+            raise RequestError("user", found["user"], "text")
+        check_text("user", found["user"])
+    weight = found.get("weight", 1.0)
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (number and 1e-3 <= weight <= 1e3):
+        raise RequestError("weight", weight, "a number from 0.001 to 1000")
+    priority = found.get("priority", 0)
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > 1000:
+        raise RequestError("priority", priority, "an integer from -1000 to 1000")
+    return found

@@ -80,7 +80,18 @@ def define_engine_flags(flags: FlagSet) -> None:
             "max_chunk_tokens", None, "Longest prompt chunk of one sequence; default: the step's "
             "size.", 1,
         )
-        choice("policy", "Who runs next: fcfs is first come, first served.")
+        choice(
+            "policy", "Who runs next: first come, first served; fair shares by user and request in "
+            "time slices; strict priority with ageing.",
+        )
+        flags.integer(
+            "slice_steps", None, "Decode steps of a turn with --policy=fair; default: by what a "
+            "switch costs.", 1,
+        )
+        flags.number(
+            "tbt_slo_ms", 0.0, "Longest gap between two tokens that --policy=fair aims at, in "
+            "milliseconds; 0: as short as it goes.", 0.0, 1e6,
+        )
         flags.switch(
             "deterministic", False, "Make a request's tokens independent of its neighbours, chunk "
             "sizes and preemption, to the last bit; slower.",

@@ -30,9 +30,11 @@ from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
-from aqua_jax.scheduling.policies import POLICIES
+from aqua_jax.scheduling.fair import Fair, FairConfig
+from aqua_jax.scheduling.policies import POLICIES, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.slices import SliceConfig
 
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -119,7 +121,7 @@ def build(
             max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
             max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
         ),
-        POLICIES[config.policy](),
+        _policy(config),
         pool,
         PrefixCache(pool) if config.prefix_caching else None,
     )
@@ -226,6 +228,15 @@ def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> 
             f"at most {pool_tokens}, the tokens the KV pool holds (see kv_cache_memory)",
         )
     return config.max_model_len
+
+
+def _policy(config: EngineConfig) -> Policy:
+    if config.policy != "fair":
+        return POLICIES[config.policy]()
+    slices = SliceConfig(
+        slice_steps=config.slice_steps or "auto", tbt_slo_s=config.tbt_slo_ms / 1e3
+    )
+    return Fair(FairConfig(slices=slices))
 
 
 def _attention(config: EngineConfig) -> Literal["ffi", "reference"]:

@@ -36,7 +36,8 @@ class ScriptedEngine:
         self._dead = False
 
     def add_request(
-        self, request_id: str, prompt: Any, params: SamplingParams, *, user: str = ""
+        self, request_id: str, prompt: Any, params: SamplingParams, *, user: str = "",
+        weight: float = 1.0, priority: int = 0,
     ) -> None:
         if self._dead:
             raise EngineDeadError("the engine has stopped")

@@ -123,7 +123,8 @@ def test_flags_set_every_field():
         "--kv_dtype=float32",
         "--kv_cache_memory=1.5GiB", "--kv_cache_tokens=4096", "--page_tokens=32",
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
-        "--noprefix_caching", "--policy=fcfs", "--attention=reference", "--matmul=xla",
+        "--noprefix_caching", "--policy=fair", "--slice_steps=9", "--tbt_slo_ms=5",
+        "--attention=reference", "--matmul=xla",
         "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
         "--max_new_tokens=9", "--n=2", "--stop=a", "--stop=b", "--stop_token_ids=4", "--top_k=3",
         "--sampling_seed=8", "--logprobs=0",
@@ -131,7 +132,7 @@ def test_flags_set_every_field():
     config = common.engine_config(flags)
     changed = [
         field.name for field in dataclasses.fields(EngineConfig)
-        if getattr(config, field.name) == field.default and field.name != "policy"
+        if getattr(config, field.name) == field.default
     ]
     assert changed == []
     assert config.kv_cache_memory == 3 << 29 and config.compile_cache_dir == ""

@@ -1,8 +1,8 @@
 """`deterministic`: what a request says depends on the request alone, to the last bit.
 
-The same requests run under random mixes of neighbours, arrival orders, chunk sizes, prefix hits
-and pool sizes (hence preemptions); tokens and log probabilities must come out identical. Without
-the flag, every emitted token must be within a stated tolerance of the best one.
+The same requests run under random mixes of neighbours, arrival orders, chunk sizes, prefix hits,
+pool sizes and policies (hence preemptions); tokens and log probabilities must come out identical.
+Without the flag, every emitted token must be within a stated tolerance of the best one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def mixed_run(engine, generator: random.Random) -> list[tuple]:
     while work or engine.has_unfinished():
         for _ in range(generator.randrange(3)):
             if work:
-                engine.add_request(*work.pop())
+                user = generator.choice(["ann", "bob"])
+                engine.add_request(*work.pop(), user=user, priority=generator.randrange(3))
         for output in engine.step():
             last[output.request_id] = output
     return answers([last[f"s{i}"] for i in range(4)])
@@ -78,7 +79,8 @@ def test_answers_are_identical_whatever_happens_around_them(tmp_path, dtype, imp
             "max_chunk_tokens": generator.choice([None, 1, 5, 16, 31]),
             "prefix_caching": generator.random() < 0.7,
             "kv_cache_tokens": generator.choice([256, 320, 1024]),
-            "max_num_seqs": 8,
+            "policy": generator.choice(["fcfs", "fair", "priority"]),
+            "slice_steps": generator.choice([None, 3, 20]),
         }
         with tiny_engine(tmp_path, **fixed, **settings) as engine:
             for _ in range(3):

@@ -1,6 +1,6 @@
 """A long mixed load with random aborts: everything accepted ends, and nothing is left in use.
 
-100 requests here, 2,000 and more in `make test-long`.
+200 requests here, 2,000 in `make test-long`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def random_params(generator: random.Random) -> SamplingParams:
 
 def test_soak_ends_with_nothing_in_use(tmp_path):
     generator = random.Random(17)
-    total = scaled(100)
+    total = scaled(200)
     threads = threading.active_count()
     prefixes = [[generator.randrange(3, VOCAB) for _ in range(48)] for _ in range(3)]
     finished: dict[str, str] = {}
