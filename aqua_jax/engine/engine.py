@@ -199,6 +199,7 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters, pool use, what is compiled and which implementations are in use."""
         programs = self._runner.programs
+        bound = self._scheduler.waiting_bound(run_ahead=_RUN_AHEAD)
         return {
             **self.metrics.as_dict(),
             "pages": {
@@ -207,6 +208,8 @@ class Engine:
                 "page_tokens": self.config.page_tokens,
             },
             "live_requests": len(self._requests),
+            "switches": self._scheduler.counters.switches,
+            "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
             "compiles_after_warmup": programs.compiles_after_warmup,
             "implementations": dict(self._implementations),
