@@ -63,3 +63,19 @@ class SequenceStateError(AquaError):
 
 class EngineDeadError(AquaError):
     """The engine stopped because of an earlier failure, which is this error's cause."""
+
+
+class ArenaError(AquaError):
+    """Shared memory that cannot be trusted or had, or a range that isn't in it."""
+
+
+class StoreError(AquaError):
+    """Misuse of memory off the device: double free, unknown range, overlap."""
+
+
+class ProtocolError(FieldError):
+    """A message from another process that cannot be understood, or asks for what isn't its own."""
+
+
+class LenderError(AquaError):
+    """A lender of memory cannot be reached, doesn't answer, or refuses to talk to us."""

@@ -66,6 +66,15 @@ COMMANDS = (
             "aqua-jax bench --model=DIR --workload=single,prefill,batch,burst --json",
         ),
     ),
+    Command(
+        "lend", "aqua_jax.cli.lend", "lend memory to other processes",
+        "Lends memory of this process to engines of the same user. Ctrl-C (or SIGTERM) asks for "
+        "it back and waits until it has come. One line on standard error tells every change.",
+        (
+            "aqua-jax lend --bytes=1GiB --listen=/tmp/aqua.sock",
+            "aqua-jax lend --bytes=256MiB --listen=/tmp/aqua.sock --resize",
+        ),
+    ),
 )
 
 

@@ -19,13 +19,14 @@ PACKAGES = {"aqua_jax": ROOT / "aqua_jax", "aqua_jax.models": ROOT / "models"}
 
 # What each room may import besides itself and the plain data in BASE. Arrows point down.
 ARROWS = {
-    "cli": {"batch", "bench", "llm", "engine", "loading"},
+    "cli": {"batch", "bench", "llm", "engine", "loading", "memory"},
     "batch": {"llm", "engine", "loading"},
     "bench": {"llm", "engine", "loading"},
     "llm": {"engine", "loading"},
-    "engine": {"scheduling", "paging", "loading", "models", "ops"},
+    "engine": {"scheduling", "paging", "memory", "loading", "models", "ops"},
     "scheduling": {"paging"},
     "paging": set(),
+    "memory": set(),
     "loading": {"models", "ops"},
     "models": {"ops"},
     "ops": set(),
@@ -34,7 +35,7 @@ BASE = {
     "aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts", "aqua_jax.progress",
     "aqua_jax.models.config",
 }
-HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging")
+HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}
