@@ -22,6 +22,7 @@ _FILE = "libaqua_cpu.so"
 _TARGETS = {
     "aqua_attention": "AquaAttention",
     "aqua_copy_pages": "AquaCopyPages",
+    "aqua_enqueue_moves": "AquaEnqueueMoves",
     "aqua_linear": "AquaLinear",
     "aqua_mlp": "AquaMlp",
     "aqua_qkv": "AquaQkv",
@@ -84,6 +85,11 @@ def available(target: str = "aqua_attention") -> bool:
 def reason() -> str:
     """Why a handler is missing; empty when all are there."""
     return _library().reason
+
+
+def symbols() -> ctypes.CDLL | None:
+    """The library for plain C calls (which release the GIL); None without it."""
+    return _library().handle
 
 
 def instruction_set() -> str:

@@ -1,0 +1,453 @@
+"""Moves of KV pages between the pool and other memory, carried out beside the running step.
+
+`enqueue_moves` stands at the head of a step's program. It hands a list of page copies to a native
+worker (AQUA_COPY_THREADS of them, default 1, at the process's niceness plus AQUA_COPY_NICE, default
+5) and returns at once; the step runs on while the worker copies, and the host asks by ticket what
+has become of each copy. A separate program for copies would not do: a pending read of the pool
+holds back the next step that donates it, and a program of only an FFI call runs inline in the
+thread that calls it.
+
+The worker and the step share the pool without a lock. Who makes plans keeps these rules; nothing
+here can check them (`set_delay` makes tests that would notice):
+
+1. A page that is copied out was written by the step before or earlier, and is *pinned*: not
+   written, nor given to anybody else, until its ticket has ended.
+2. A page that is copied into stands in no page table of a dispatched step until its ticket is done.
+3. A page or segment range freed by a plan isn't used again while a dispatched step, or a move that
+   has not ended, still names it.
+4. No order holds among moves, not even within a batch: what depends on a move waits for its ticket.
+5. A ticket says nothing before its step has run its head: a batch whose step was never dispatched
+   stays pending for ever. Wait for the step's results, then `drain`.
+6. Before a pool is dropped or replaced: wait for the steps, then `MovePool.close`. Before segment
+   memory is unmapped: `Segment.retire`.
+
+What goes wrong at run time (a segment retired meanwhile, a range out of bounds, a checksum that
+differs) is a status of that one page, never an error of the step: an error would cost the donated
+pool and every sequence in it. A page that didn't arrive is recomputed.
+
+`aqua_jax.ops.moves_reference` is the same in NumPy, for tests.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import dataclasses
+import enum
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from aqua_jax.errors import StaleHandleError
+from aqua_jax.ops import library
+
+# One move; ffi/cpu/moves.h says what the fields mean.
+MOVE = np.dtype([
+    ("flags", "<i4"), ("page", "<i4"), ("segment", "<i4"), ("generation", "<u4"),
+    ("offset", "<u8"), ("begin", "<i4"), ("bytes", "<i4"), ("runs", "<i4"), ("stride", "<i4"),
+    ("ticket", "<u8"), ("checksum", "<u8"),
+])
+MOVE_WORDS = MOVE.itemsize // 4  # K of moves i32[N, K]
+FLAG_IN, FLAG_CHECKSUM = 1, 2
+# How many of the newest tickets keep their result.
+RESULTS = 1 << 16
+
+
+class Status(enum.IntEnum):
+    """What has become of a move."""
+
+    PENDING = 0  # not handed over yet, waiting, or being copied
+    DONE = 1
+    SEGMENT_STALE = 2  # the segment was retired
+    OUT_OF_BOUNDS = 3  # pool page, range in the page, or range in the segment
+    MISMATCH = 4  # copied in, but the checksum is not the expected one
+    POOL_STALE = 5  # the pool was closed, or has another address than before
+    CANCELLED = 6  # the process is ending, or has forked
+    FORGOTTEN = 7  # RESULTS newer tickets have been handed over since
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a page: `runs` pieces of `bytes` bytes, `stride` apart, the first at `begin`."""
+
+    begin: int
+    bytes: int
+    runs: int = 1
+    stride: int = 0
+
+    @classmethod
+    def of_tokens(cls, kv: jax.Array | jax.ShapeDtypeStruct, start: int, count: int) -> Part:
+        """Tokens start to start + count of a page, in all layers.
+
+        Args:
+          kv: the pool, [P, L, 2, page_tokens, K, D], or its shape.
+          start: first token in the page.
+          count: how many, >= 1.
+        """
+        _, layers, two, page_tokens, heads, dim = kv.shape
+        if not (0 <= start < start + count <= page_tokens):
+            raise ValueError(f"tokens of a page: got {start} to {start + count}; "
+                             f"allowed: within 0 to {page_tokens}, at least one")
+        token = heads * dim * np.dtype(kv.dtype).itemsize
+        if count == page_tokens:
+            return cls(0, token * page_tokens * layers * two)
+        return cls(start * token, count * token, layers * two, page_tokens * token)
+
+    @property
+    def end(self) -> int:
+        """Where in the page it ends, in bytes."""
+        return self.begin + (self.runs - 1) * self.stride + self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveCounters:
+    """Sums over the life of the process."""
+
+    handed_over: int  # moves
+    finished: int
+    failed: int  # finished with another status than DONE
+    bytes_out: int
+    bytes_in: int
+    busy_ns: int  # time in copies, preemption and injected delays included
+    cpu_ns: int  # CPU time of the workers
+
+
+def available() -> bool:
+    """Whether moves can be made: the native library is there."""
+    return library.available("aqua_enqueue_moves")
+
+
+@functools.cache
+def _native() -> ctypes.CDLL:
+    native = library.symbols()
+    if native is None or not available():
+        raise RuntimeError(f"moves need the native library: {library.reason()}")
+    i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("aqua_segment_register", i64, [pointer, u64]),
+        ("aqua_segment_retire", i32, [i32, u32, i32]),
+        ("aqua_pool_register", i64, []),
+        ("aqua_pool_close", i32, [i32, u32]),
+        ("aqua_moves_poll", None, [pointer, i64, pointer, pointer]),
+        ("aqua_moves_drain", i32, [i64]),
+        ("aqua_moves_stop", None, []),
+        ("aqua_moves_set_delay", None, [u64, u32]),
+        ("aqua_moves_counters", None, [pointer]),
+    ):
+        function = getattr(native, name)
+        function.restype, function.argtypes = result, arguments
+    # The last hooks registered run first: copies end before jax drops its buffers.
+    atexit.register(native.aqua_moves_stop)
+    return native
+
+
+def _handle(packed: int, what: str) -> tuple[int, int]:
+    if packed < 0:
+        raise RuntimeError(f"too many {what} are registered; retire some")
+    return packed & 0xFFFFFFFF, packed >> 32
+
+
+class Segment:
+    """Memory that pages move to and from: registered now, until `retire`.
+
+    Attributes:
+      id: its place in the native table; reused after `retire`, with another generation.
+      generation: which life of the id this is.
+      nbytes: its size.
+    """
+
+    def __init__(self, buffer: Any):
+        """Registers a writable buffer (mmap, memoryview, array), which is kept alive until then."""
+        memory = np.frombuffer(buffer, np.uint8)
+        if not memory.flags.writeable or memory.nbytes == 0:
+            raise ValueError("segment: got an empty or read-only buffer; allowed: writable memory")
+        self.nbytes = memory.nbytes
+        packed = _native().aqua_segment_register(memory.ctypes.data, memory.nbytes)
+        self.id, self.generation = _handle(packed, "segments")
+        # The arguments keep the memory alive until the native side has let go of it.
+        self._end = weakref.finalize(self, _retire, self.id, self.generation, memory)
+        self._end.atexit = False  # `aqua_moves_stop` comes first, and the process ends
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not been retired."""
+        return self._end.alive
+
+    def check(self) -> None:
+        """Raises StaleHandleError if it has been retired."""
+        if not self.live:
+            raise StaleHandleError(
+                f"segment {self.id} of generation {self.generation} has been retired"
+            )
+
+    def retire(self, *, abandon: bool = False) -> None:
+        """Refuses new moves, waits for those that were handed over, lets the generation pass.
+
+        Afterwards nobody touches the memory. Moves that come later have status SEGMENT_STALE.
+
+        Args:
+          abandon: moves not begun come back as SEGMENT_STALE, so that only the copy of one group
+            of pages is waited for.
+
+        Raises:
+          StaleHandleError: it was retired before.
+        """
+        self.check()
+        kept = self._end.detach()
+        _native().aqua_segment_retire(self.id, self.generation, int(abandon))
+        del kept
+
+    def __enter__(self) -> Segment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.retire()
+
+
+def _retire(identity: int, generation: int, memory: np.ndarray) -> None:
+    _native().aqua_segment_retire(identity, generation, 0)
+    del memory
+
+
+class MovePool:
+    """One KV pool as the native queue knows it: moves of a pool that has moved are refused.
+
+    Its address becomes known with its first move, and must stay the same until `close`.
+    """
+
+    def __init__(self, pages: int, page_bytes: int):
+        """A pool of `pages` pages of `page_bytes` bytes each."""
+        self.pages, self.page_bytes = pages, page_bytes
+        self.id, self.generation = _handle(_native().aqua_pool_register(), "pools")
+        self._closed = False
+
+    @classmethod
+    def of(cls, kv: jax.Array | jax.ShapeDtypeStruct) -> MovePool:
+        """The pool kv [P, ...]."""
+        page = int(np.prod(kv.shape[1:], dtype=np.int64)) * np.dtype(kv.dtype).itemsize
+        return cls(kv.shape[0], page)
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not been closed."""
+        return not self._closed
+
+    def check(self) -> None:
+        """Raises StaleHandleError if it has been closed."""
+        if self._closed:
+            raise StaleHandleError(f"pool {self.id} of generation {self.generation} was closed")
+
+    def close(self) -> None:
+        """Waits until its moves that were handed over have ended; later ones are POOL_STALE.
+
+        Raises:
+          StaleHandleError: it was closed before.
+        """
+        self.check()
+        self._closed = True
+        _native().aqua_pool_close(self.id, self.generation)
+
+    def __enter__(self) -> MovePool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.close()
+
+
+_tickets = itertools.count(1)
+_tickets_lock = threading.Lock()
+
+
+def new_tickets(count: int) -> np.ndarray:
+    """u64[count] tickets that nobody had before, consecutive."""
+    with _tickets_lock:
+        first = next(_tickets)
+        for _ in range(count - 1):
+            next(_tickets)
+    return np.arange(first, first + count, dtype=np.uint64)
+
+
+class MoveBatch:
+    """The moves of one step, in the layout that crosses jit. Filled once, for one dispatch.
+
+    Attributes:
+      count: moves in it.
+      records: MOVE[capacity], the first `count` of them filled.
+    """
+
+    def __init__(self, capacity: int, pool: MovePool):
+        """An empty batch for at most `capacity` (N) moves of `pool`."""
+        self.records = np.zeros(capacity, MOVE)
+        self.count = 0
+        self._pool = pool
+
+    @property
+    def room(self) -> int:
+        """How many more moves fit."""
+        return len(self.records) - self.count
+
+    def copy_out(
+        self, pages: Sequence[int] | np.ndarray, segment: Segment,
+        offsets: Sequence[int] | np.ndarray, *, part: Part | None = None, checksum: bool = False,
+    ) -> np.ndarray:
+        """Copies pool pages to a segment.
+
+        Args:
+          pages: [n] pool pages.
+          segment: where to.
+          offsets: [n] byte offsets in the segment, of the page's first byte (also with `part`).
+          part: what of each page; None: all.
+          checksum: compute one, for `poll` to return.
+
+        Returns:
+          u64[n] tickets.
+
+        Raises:
+          StaleHandleError: segment or pool is gone.
+          ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
+        """
+        return self._add(FLAG_CHECKSUM * checksum, pages, segment, offsets, part, 0)
+
+    def copy_in(
+        self, pages: Sequence[int] | np.ndarray, segment: Segment,
+        offsets: Sequence[int] | np.ndarray, *, part: Part | None = None,
+        checksums: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Copies from a segment to pool pages.
+
+        Args:
+          pages: [n] pool pages.
+          segment: where from.
+          offsets: [n] byte offsets in the segment, of the page's first byte (also with `part`).
+          part: what of each page; None: all.
+          checksums: u64[n], what `poll` returned for the same parts; a page that differs is
+            MISMATCH. None: not compared.
+
+        Returns:
+          u64[n] tickets.
+
+        Raises:
+          StaleHandleError: segment or pool is gone.
+          ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
+        """
+        if checksums is None:
+            return self._add(FLAG_IN, pages, segment, offsets, part, 0)
+        return self._add(FLAG_IN | FLAG_CHECKSUM, pages, segment, offsets, part, checksums)
+
+    def _add(
+        self, flags: int, pages: Sequence[int] | np.ndarray, segment: Segment,
+        offsets: Sequence[int] | np.ndarray, part: Part | None, checksums: np.ndarray | int,
+    ) -> np.ndarray:
+        segment.check()
+        self._pool.check()
+        part = part or Part(0, self._pool.page_bytes)
+        at = np.asarray(offsets, np.int64)
+        ids = np.asarray(pages, np.int64)
+        count = len(ids)
+        if count == 0:
+            return np.zeros(0, np.uint64)
+        if ids.shape != at.shape or count > self.room:
+            raise ValueError(f"moves: got {ids.shape} pages at {at.shape} offsets; "
+                             f"allowed: one offset each, at most {self.room}")
+        if ids.min() < 0 or ids.max() >= self._pool.pages:
+            raise ValueError(f"page: got {ids.min()} to {ids.max()}; "
+                             f"allowed: 0 to {self._pool.pages - 1}")
+        overlap = part.runs > 1 and part.stride < part.bytes
+        if min(part.begin, part.bytes - 1, part.runs - 1) < 0 or overlap or (
+            part.end > self._pool.page_bytes
+        ):
+            raise ValueError(f"part: got {part}; allowed: runs apart, of at least a byte, within "
+                             f"{self._pool.page_bytes} bytes")
+        if at.min() < 0 or at.max() + part.end > segment.nbytes:
+            raise ValueError(f"offset: got {at.min()} to {at.max()}; allowed: 0 to "
+                             f"{segment.nbytes - part.end}")
+        rows = self.records[self.count : self.count + count]
+        rows["flags"], rows["page"], rows["offset"] = flags, ids, at
+        rows["segment"], rows["generation"] = segment.id, segment.generation
+        rows["begin"], rows["bytes"] = part.begin, part.bytes
+        rows["runs"], rows["stride"] = part.runs, part.stride
+        rows["ticket"] = new_tickets(count)
+        rows["checksum"] = checksums
+        self.count += count
+        return rows["ticket"].copy()
+
+    def moves(self) -> np.ndarray:
+        """i32[N, MOVE_WORDS], a copy (jax keeps what it is given)."""
+        return self.records.view(np.int32).reshape(-1, MOVE_WORDS).copy()
+
+    def head(self) -> np.ndarray:
+        """i32[3]: count, and the pool's id and generation."""
+        pool = self._pool
+        return np.array([self.count, pool.id, pool.generation], np.uint32).view(np.int32)
+
+
+def enqueue_moves(kv: jax.Array, moves: jax.Array, head: jax.Array) -> jax.Array:
+    """Hands moves to the native queue and returns at once; put it at the head of a step.
+
+    Args:
+      kv: [P, ...] the pool; must be donated to the compiled function, and read after this call
+        only through the result.
+      moves: i32[N, MOVE_WORDS], `MoveBatch.moves`.
+      head: i32[3], `MoveBatch.head`. At most N moves are taken.
+
+    Returns:
+      The pool, in place. Use it: a call whose result nobody reads is dropped.
+
+    Raises:
+      ValueError: shapes don't fit.
+      RuntimeError: the native library is missing; or, when run, the pool is not in place.
+    """
+    if moves.ndim != 2 or moves.shape[1] != MOVE_WORDS or head.shape != (3,):
+        raise ValueError(f"enqueue_moves: shapes of moves, head: got {moves.shape}, {head.shape}; "
+                         f"allowed: [N, {MOVE_WORDS}], [3]")
+    _native()
+    call = jax.ffi.ffi_call(
+        "aqua_enqueue_moves", jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+        input_output_aliases={0: 0},
+    )
+    return call(kv, moves, head)
+
+
+def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What has become of moves: i32[n] `Status`, u64[n] checksums (0 where none was computed).
+
+    Never waits. A move's copies are visible to whoever has seen its status.
+    """
+    asked = np.ascontiguousarray(tickets, np.uint64)
+    statuses, checksums = np.empty(len(asked), np.int32), np.empty(len(asked), np.uint64)
+    _native().aqua_moves_poll(
+        asked.ctypes.data, len(asked), statuses.ctypes.data, checksums.ctypes.data
+    )
+    return statuses, checksums
+
+
+def drain(timeout: float | None = None) -> bool:
+    """Waits until every move that was handed over has ended; False after `timeout` seconds.
+
+    Moves of steps that have not run their head yet are not waited for: wait for the step first.
+    """
+    return bool(_native().aqua_moves_drain(-1 if timeout is None else int(timeout * 1e6)))
+
+
+def set_delay(seed: int, max_us: int) -> None:
+    """For race checkers: each move is held up twice, by 0 to max_us microseconds. 0: not at all.
+
+    Once before it and once in its middle; the times depend on seed and ticket only.
+    """
+    _native().aqua_moves_set_delay(seed, max_us)
+
+
+def counters() -> MoveCounters:
+    """Moves and bytes so far, and the time they took."""
+    numbers = np.zeros(7, np.uint64)
+    _native().aqua_moves_counters(numbers.ctypes.data)
+    return MoveCounters(*numbers.tolist())
