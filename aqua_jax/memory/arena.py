@@ -131,7 +131,7 @@ class Arena:
         return cls(mapping, size, fd)
 
     @classmethod
-    def anonymous(cls, size: int, *, huge_pages: bool = True) -> Arena:
+    def anonymous(cls, size: int, *, huge_pages: bool = False) -> Arena:
         """Memory of this process alone: zeroed and allocated in full.
 
         Raises:

@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import selectors
-import socket
 import threading
 import time
 from types import TracebackType
@@ -74,9 +73,7 @@ class Borrower:
             hello = protocol.encode("hello", version=protocol.VERSION, name=name)
             self._socket.sendall(hello)
             while (welcome := self._decoder.next()) is None:
-                data, fds, _, _ = socket.recv_fds(
-                    self._socket, 4096, 4, socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds = sockets.receive(self._socket, 4)
                 received += fds
                 if not data:
                     raise LenderError(f"the lender at {path} closed the connection")

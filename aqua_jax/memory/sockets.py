@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -158,6 +159,22 @@ def connect(path: str, timeout_s: float) -> socket.socket:
         except OSError as error:
             connection.close()
             raise LenderError(f"no lender answers at {path}: {error}") from error
+
+
+def receive(connection: socket.socket, most_fds: int) -> tuple[bytes, list[int]]:
+    """Bytes and the descriptors beside them, which no child process will inherit.
+
+    `socket.recv_fds` won't do: it ignores its flags, and a child that inherits a descriptor keeps
+    the lender's memory from going back to the system.
+    """
+    fds = array.array("i")
+    data, ancillary, _, _ = connection.recvmsg(
+        4096, socket.CMSG_LEN(most_fds * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return data, list(fds)
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int, int]:

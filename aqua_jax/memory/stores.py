@@ -255,7 +255,7 @@ class HostStore(_Slots):
 
     def __init__(
         self, size: int, slot_bytes: int, page_tokens: int, *, name: str = "host",
-        huge_pages: bool = True,
+        huge_pages: bool = False,
     ) -> None:
         """
         Args:
@@ -263,7 +263,8 @@ class HostStore(_Slots):
           slot_bytes: of one page of keys and values.
           page_tokens: tokens of a page.
           name: in messages and metrics.
-          huge_pages: advise them for the memory.
+          huge_pages: advise them for the memory. 1 GiB took 0.13 s with and 0.25 s without, but
+            2.8 s when the system had to move others' pages first.
         """
         super().__init__(name, size, slot_bytes, page_tokens)
         self.arena = Arena.anonymous(size, huge_pages=huge_pages)

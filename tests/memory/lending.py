@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from aqua_jax.memory import protocol
 from aqua_jax.memory.lender import Lender
-from aqua_jax.memory.sockets import connect
+from aqua_jax.memory.sockets import connect, receive
 
 _names = itertools.count()
 
@@ -80,7 +80,7 @@ class Raw:
         """The next message; {"type": "end"} when the connection has ended."""
         while (message := self.decoder.next()) is None:
             try:
-                data, fds, _, _ = socket.recv_fds(self.socket, 4096, 4)
+                data, fds = receive(self.socket, 4)
             except ConnectionError:
                 data, fds = b"", []
             for fd in fds:

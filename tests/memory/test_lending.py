@@ -28,6 +28,7 @@ def test_a_lease_from_beginning_to_end():
     with leftovers() as left, lending(4 * MIB, name="box") as running:
         with Borrower(running.path, name="me") as borrower:
             assert (borrower.lender_name, borrower.arena_size) == ("box", 4 * MIB)
+            assert not os.get_inheritable(borrower._fd), "a child would keep the memory alive"
             lease = borrower.borrow(MIB + 1)
             assert lease.size == MIB + PAGE and lease.alive and not lease.wanted_back
             lease.write(100, b"mine")
@@ -217,6 +218,18 @@ def test_a_dead_lender_leaves_valid_memory_and_a_flag():
             borrower.borrow(PAGE)
         assert store.counters.dropped == 1
         store.close()
+    assert not left()
+
+
+def test_a_wish_that_arrives_before_the_lease_is_mapped_is_not_lost():
+    with leftovers() as left, fake_lender(PAGE) as (borrower, raw):
+        raw.say("reclaim", generation=1, keep=0, deadline_ms=5000)
+        thread = threading.Thread(target=raw.grant)
+        thread.start()
+        lease = borrower.borrow(PAGE)
+        thread.join()
+        assert lease.wanted_back == PAGE
+        assert 0 < lease.deadline - time.monotonic() <= 5
     assert not left()
 
 
