@@ -60,7 +60,7 @@ def test_a_killed_lender_takes_nothing_with_it(tmp_path):
 def test_a_stopped_lender_stops_nobody_else():
     path = new_name()
     with lender(path, "4MiB") as process, leftovers() as left:
-        with Borrower(path, timeout_s=0.2) as ours:
+        with Borrower(path, timeout_s=0.5) as ours:
             lease = ours.borrow(2 * MIB)
             process.signal(signal.SIGSTOP)
             start = time.perf_counter()
@@ -69,7 +69,7 @@ def test_a_stopped_lender_stops_nobody_else():
             lease.write(0, b"x" * 2 * MIB)
             assert lease.read(MIB, 1) == b"x"
             lease.give_back(MIB, MIB)
-            assert time.perf_counter() - start < 0.2
+            assert time.perf_counter() - start < 0.5, "it waited"
             with pytest.raises(LenderError, match="no answer"):
                 ours.borrow(MIB)
             process.signal(signal.SIGCONT)

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+import timeit
 
 import pytest
 
@@ -414,10 +415,8 @@ def test_a_lender_sleeps_when_nothing_happens(bystander):
 
 def test_flags_cost_nothing_to_read(bystander):
     lease = bystander[1]
-    start = time.perf_counter()
-    for _ in range(1000):
-        assert lease.alive and not lease.wanted_back
-    assert (time.perf_counter() - start) / 1000 < 10e-6
+    times = timeit.repeat(lambda: (lease.alive, lease.wanted_back), number=1000, repeat=7)
+    assert min(times) / 1000 < 10e-6
 
 
 # Where it listens.
