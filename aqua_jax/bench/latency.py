@@ -41,8 +41,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def fold(repeats: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
-    """Repeats of the same metrics, each metric as its spread."""
-    return {name: spread([repeat[name] for repeat in repeats]) for name in repeats[0]}
+    """Repeats of the same metrics, each as its spread over the repeats that have it."""
+    names = dict.fromkeys(name for repeat in repeats for name in repeat)
+    return {
+        name: spread([repeat[name] for repeat in repeats if name in repeat]) for name in names
+    }
 
 
 def request_metrics(start: float, arrivals: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -13,14 +13,14 @@ from typing import Any
 from aqua_jax.bench import workloads
 from aqua_jax.bench.latency import fold
 from aqua_jax.bench.memory import peak_rss, reset_peak
-from aqua_jax.bench.workloads import BURST_RESIDENT, Sizes
+from aqua_jax.bench.workloads import Sizes
 from aqua_jax.config import EngineConfig
 from aqua_jax.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 # Counters that explain a figure; the rest of stats() stays out of the report.
-_COUNTERS = (
+COUNTERS = (
     "steps", "preemptions", "recomputed_tokens", "discarded_tokens", "host_share", "host_s",
     "wait_s", "compiles", "compiles_after_warmup",
 )
@@ -60,10 +60,8 @@ def measure(
         _run(chosen, offline, repeats, make_engine, report, "")
     if "burst" in sizes:
         one = sizes["burst"]
-        pages = BURST_RESIDENT * -(-one.sequence // config.page_tokens)
-        chosen = dataclasses.replace(
-            config, kv_cache_tokens=pages * config.page_tokens, max_model_len=None
-        )
+        tokens = workloads.burst_pool_tokens(one, config.page_tokens)
+        chosen = dataclasses.replace(config, kv_cache_tokens=tokens, max_model_len=None)
         if offline:
             reset_peak()
         _run(chosen, {"burst": one}, repeats, make_engine, report, "burst_")
@@ -94,7 +92,7 @@ def _run(
                 _log.info("%s %d/%d: %s", name, repeat + 1, repeats, _short(measured[name][-1]))
         report.update({name: fold(values) for name, values in measured.items()})
         stats = engine.stats()
-        report[f"{prefix}stats"] = {name: stats[name] for name in _COUNTERS if name in stats}
+        report[f"{prefix}stats"] = {name: stats[name] for name in COUNTERS if name in stats}
         report[f"{prefix}implementations"] = stats.get("implementations", {})
         report[f"{prefix}peak_rss"] = peak_rss()
     finally:

@@ -195,3 +195,8 @@ def pool_tokens(sizes: Sequence[Sizes], page_tokens: int) -> int:
         return one.requests * (-(-one.sequence // page_tokens) + 1)
 
     return max(pages(one) for one in sizes) * page_tokens
+
+
+def burst_pool_tokens(sizes: Sizes, page_tokens: int) -> int:
+    """Tokens of a KV pool that holds `BURST_RESIDENT` whole sequences."""
+    return BURST_RESIDENT * -(-sizes.sequence // page_tokens) * page_tokens

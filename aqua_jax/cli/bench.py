@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+import sys
+from typing import Any, get_args, get_type_hints
 
 from aqua_jax.cli import flags as common
 from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.config import EngineConfig
+
+# As in `aqua_jax.bench.traces` and `arrivals`; help imports neither.
+TRACE_FORMATS = ("auto", "azure", "mooncake", "jsonl")
+ARRIVALS = ("burst", "poisson", "gamma")
+# Any of these makes the burst a load over time.
+_LOAD_FLAGS = (
+    "arrivals", "request_rate", "burstiness", "num_users", "policies", "goodput_ttft_ms",
+    "goodput_tbt_ms",
+)
 
 
 def define(flags: FlagSet) -> None:
@@ -18,13 +29,47 @@ def define(flags: FlagSet) -> None:
             "workload", "single,prefill,batch,burst", "single: one stream (128 tokens in, 128 "
             "out). prefill: one prompt of 1024 to its first token. batch: 64 requests at once (128 "
             "in, 128 out). burst: 64 at once (256 in, 256 out) over a KV pool for 8 of them. "
-            "Several with commas.", "NAMES",
+            "Several with commas. Alone: trace, what --trace recorded.", "NAMES",
         )
-        flags.integer("num_requests", None, "Requests of batch and burst.", 1)
+        flags.integer(
+            "num_requests", None, "Requests of batch and burst; of a trace the first so many.", 1
+        )
         flags.integer("prompt_tokens", None, "Tokens of each prompt.", 1)
         flags.integer("output_tokens", None, "Tokens generated for each (not prefill).", 1)
         flags.integer("reps", 3, "Measurements of each; medians and ranges are reported.", 1)
         flags.switch("json", False, "Print one line of JSON instead of a table.")
+    with flags.group("Load over time (trace; burst with any of these)"):
+        flags.string(
+            "trace", None, "Recorded requests: Azure's LLM inference CSV, Mooncake's JSONL, or our "
+            "own, lines of {\"arrival_s\", \"prompt_tokens\", \"output_tokens\", \"user\", "
+            "\"weight\"}.", "FILE",
+        )
+        flags.choice("trace_format", "auto", TRACE_FORMATS, "Format of --trace.")
+        flags.number("rate", 1.0, "Requests of the trace come so many times faster.", 1e-6, 1e6)
+        flags.integer(
+            "max_trace_tokens", None, "Cut longer requests of a trace, prompt and output together; "
+            "default: to the model's length.", 2,
+        )
+        flags.choice(
+            "arrivals", "burst", ARRIVALS, "How the burst's requests come: at once, or at random "
+            "with exponential or gamma gaps.",
+        )
+        flags.number("request_rate", 1.0, "Requests a second of poisson and gamma.", 1e-6, 1e6)
+        flags.number(
+            "burstiness", 1.0, "Shape of gamma gaps: below 1 bunched, 1 poisson, above 1 even.",
+            1e-3, 1e3,
+        )
+        flags.integer("num_users", 1, "Users the burst's requests are dealt to in turn.", 1)
+        flags.string(
+            "policies", None, "Run the same load under each of these policies, in a fresh engine, "
+            "instead of --policy.", "NAMES",
+        )
+        flags.number(
+            "goodput_ttft_ms", 1000.0, "Longest wait for a first token that is good.", 0.0, 1e9
+        )
+        flags.number(
+            "goodput_tbt_ms", 100.0, "Longest mean time between tokens that is good.", 0.0, 1e9
+        )
     common.define_engine_flags(flags)
 
 
@@ -38,6 +83,8 @@ def run(flags: FlagSet) -> int:
     from aqua_jax.bench import workloads
 
     names = [name.strip() for name in flags.workload.split(",")]
+    if "trace" in names or any(flags.given(name) for name in ("trace", *_LOAD_FLAGS)):
+        return _run_load(flags, config, names)
     for name in names:
         if name not in workloads.WORKLOADS:
             allowed = ", ".join(workloads.WORKLOADS)
@@ -51,17 +98,68 @@ def run(flags: FlagSet) -> int:
 
     from aqua_jax.bench.measure import describe, measure, table
 
-    def make_engine(config: EngineConfig) -> Any:
-        # Imported here so that the first engine's start includes importing jax, 0.8 s of it.
-        from aqua_jax.engine.engine import Engine
-        from aqua_jax.progress import counting_bar
-
-        return Engine(config, progress=counting_bar("compiling", "program"))
-
     own_pool = flags.given("kv_cache_memory") or flags.given("kv_cache_tokens")
-    report = measure(config, sizes, flags.reps, make_engine, own_pool=own_pool)
+    report = measure(config, sizes, flags.reps, _make_engine, own_pool=own_pool)
     if flags.json:
         print(json.dumps({**describe(config), **report}, allow_nan=False), flush=True)
     else:
         print(table(report, names), flush=True)
     return 0
+
+
+def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
+    """A trace, or a burst spread over time, under one policy or several."""
+    from aqua_jax.bench import arrivals, serving, traces, workloads
+    from aqua_jax.bench.measure import describe
+
+    if names not in (["trace"], ["burst"]):
+        raise UsageError(
+            f"flag --workload={flags.workload}: with a load over time allowed: trace, burst"
+        )
+    if (names == ["trace"]) != (flags.trace is not None):
+        raise UsageError("flag --trace=FILE and --workload=trace go together")
+    policies = _policies(flags)
+    if flags.trace is not None:
+        requests = traces.read_trace(
+            flags.trace, flags.trace_format, rate=flags.rate, limit=flags.num_requests
+        )
+        most = flags.max_trace_tokens or sys.maxsize
+    else:
+        sizes = workloads.sizes_of(
+            "burst", flags.num_requests, flags.prompt_tokens, flags.output_tokens
+        )
+        times = arrivals.arrival_times(
+            flags.arrivals, sizes.requests, flags.request_rate, flags.burstiness, flags.seed
+        )
+        requests, most = arrivals.synthetic(sizes, times, flags.num_users), None
+        if not (flags.given("kv_cache_memory") or flags.given("kv_cache_tokens")):
+            config = dataclasses.replace(
+                config, kv_cache_tokens=workloads.burst_pool_tokens(sizes, config.page_tokens)
+            )
+    load = serving.Load(requests, most, flags.goodput_ttft_ms / 1e3, flags.goodput_tbt_ms / 1e3)
+    report, _ = serving.compare(config, policies, load, flags.reps, _make_engine)
+    if flags.json:
+        shown = {**describe(config), "workload": names[0], **report}
+        print(json.dumps(shown, allow_nan=False), flush=True)
+    else:
+        print(serving.table(report), flush=True)
+    return 0
+
+
+def _policies(flags: FlagSet) -> list[str]:
+    if flags.policies is None:
+        return [flags.policy]
+    names = [name.strip() for name in flags.policies.split(",")]
+    known = get_args(get_type_hints(EngineConfig)["policy"])
+    if len(set(names)) < len(names) or not set(names) <= set(known):
+        allowed = ", ".join(known)
+        raise UsageError(f"flag --policies={flags.policies}: allowed, each once: {allowed}")
+    return names
+
+
+def _make_engine(config: EngineConfig) -> Any:
+    # Imported here so that the first engine's start includes importing jax, 0.8 s of it.
+    from aqua_jax.engine.engine import Engine
+    from aqua_jax.progress import counting_bar
+
+    return Engine(config, progress=counting_bar("compiling", "program"))
