@@ -17,7 +17,7 @@ ARRIVALS = ("burst", "poisson", "gamma")
 # Any of these makes the burst a load over time.
 _LOAD_FLAGS = (
     "arrivals", "request_rate", "burstiness", "num_users", "policies", "goodput_ttft_ms",
-    "goodput_tbt_ms",
+    "goodput_tbt_ms", "plots",
 )
 
 
@@ -70,6 +70,10 @@ def define(flags: FlagSet) -> None:
         flags.number(
             "goodput_tbt_ms", 100.0, "Longest mean time between tokens that is good.", 0.0, 1e9
         )
+        flags.string(
+            "plots", None, "Draw the first run of each policy into this folder, with the numbers "
+            "as JSON. Needs matplotlib.", "DIR",
+        )
     common.define_engine_flags(flags)
 
 
@@ -109,7 +113,7 @@ def run(flags: FlagSet) -> int:
 
 def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
     """A trace, or a burst spread over time, under one policy or several."""
-    from aqua_jax.bench import arrivals, serving, traces, workloads
+    from aqua_jax.bench import arrivals, plots, serving, traces, workloads
     from aqua_jax.bench.measure import describe
 
     if names not in (["trace"], ["burst"]):
@@ -119,6 +123,10 @@ def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
     if (names == ["trace"]) != (flags.trace is not None):
         raise UsageError("flag --trace=FILE and --workload=trace go together")
     policies = _policies(flags)
+    folder = None
+    if flags.plots is not None:
+        plots.require_matplotlib()
+        folder = plots.prepare_folder(flags.plots)
     if flags.trace is not None:
         requests = traces.read_trace(
             flags.trace, flags.trace_format, rate=flags.rate, limit=flags.num_requests
@@ -137,9 +145,14 @@ def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
                 config, kv_cache_tokens=workloads.burst_pool_tokens(sizes, config.page_tokens)
             )
     load = serving.Load(requests, most, flags.goodput_ttft_ms / 1e3, flags.goodput_tbt_ms / 1e3)
-    report, _ = serving.compare(config, policies, load, flags.reps, _make_engine)
+    report, runs = serving.compare(config, policies, load, flags.reps, _make_engine)
+    about = describe(config)
+    if folder is not None:
+        title = f"{about['model']} {about['dtype']}, {names[0]} of {len(requests)} requests"
+        files = plots.save_plots(runs, folder, title)
+        print(*files, sep="\n", file=sys.stderr)
     if flags.json:
-        shown = {**describe(config), "workload": names[0], **report}
+        shown = {**about, "workload": names[0], **report}
         print(json.dumps(shown, allow_nan=False), flush=True)
     else:
         print(serving.table(report), flush=True)

@@ -1,0 +1,122 @@
+"""Pictures: the numbers behind them, what they say, that no words overlap, what is missing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from aqua_jax.bench import plots
+from aqua_jax.bench.open_loop import Run, Sample, Served
+from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.errors import ConfigError, DependencyError
+from tests.cli.text_model import run_command
+from tests.tiny import write_config
+
+PICTURES = ("requests", "cdf", "pool", "service")
+
+
+def make_run(shift=0.0, users=2, tokens=3):
+    served = [
+        Served(
+            TraceRequest(float(at), 4, tokens, f"user-{at % users}"), float(at),
+            [at + 1 + shift + 0.5 * step for step in range(tokens)],
+        )
+        for at in range(2 * users)
+    ]
+    samples = [Sample(at / 2, at % 3, at % 4, at % 9) for at in range(10)]
+    return Run(served, samples, 8)
+
+
+def test_the_numbers_behind_the_pictures():
+    run = make_run()
+    run.served[3].tokens, run.served[3].error = [], "broken"
+    data = plots.plot_data({"fcfs": run})["fcfs"]
+    assert data["requests"][0] == {
+        "due_s": 0, "user": "user-0", "ttft_s": 1, "mean_tbt_ms": 500, "worst_gap_ms": 500,
+    }
+    assert data["requests"][3]["ttft_s"] is None and data["gaps_ms"] == [500.0] * 6
+    assert data["samples"]["waiting"] == [at % 3 for at in range(10)]
+    assert data["pages_total"] == 8 and data["service_window_s"] == (1, 3)
+    assert data["service_tokens"] == {"user-0": 7, "user-1": 7}
+
+
+def test_files_are_written_and_are_pictures(tmp_path):
+    runs = {"fcfs": make_run(), "fair": make_run(0.5)}
+    files = plots.save_plots(runs, plots.prepare_folder(str(tmp_path / "a" / "b")), "a title")
+    assert [file.name for file in files] == ["data.json", *(f"{one}.png" for one in PICTURES)]
+    assert json.loads(files[0].read_text())["policies"]["fair"]["requests"][0]["ttft_s"] == 1.5
+    for file in files[1:]:
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
+
+
+def words_of(monkeypatch, tmp_path, runs):
+    """Draws; for each picture its shown texts with their boxes in pixels."""
+    found = []
+
+    def keep(figure, path):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        texts = [
+            text for text in figure.findobj(Text)
+            if text.get_visible() and text.get_text().strip()
+        ]
+        inside = [
+            (text.get_text(), text.get_window_extent(renderer)) for text in texts
+        ]
+        found.append([
+            (words, box) for words, box in inside
+            if figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.width > 0
+        ])
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    plots.save_plots(runs, tmp_path, "model, burst of 64 requests")
+    return found
+
+
+def test_labels_say_what_and_do_not_overlap(monkeypatch, tmp_path):
+    runs = {"fcfs": make_run(users=30), "fair": make_run(0.5, users=30)}
+    pictures = words_of(monkeypatch, tmp_path, runs)
+    wanted = ("seconds", "percent", "requests", "prompt and output tokens / weight")
+    for texts, expected in zip(pictures, wanted, strict=True):
+        words = [text for text, _ in texts]
+        assert expected in words and any(word.startswith("fair") for word in words)
+        for (one, box), (other, beside) in itertools.combinations(texts, 2):
+            assert not box.overlaps(beside), (one, other)
+    service = [text for text, _ in pictures[3]]
+    assert sum(text.startswith("user-") for text in service) == 20
+    assert any("the 20 with most of 30" in text for text in service)
+
+
+def test_one_user_and_requests_of_one_token(tmp_path):
+    files = plots.save_plots({"fair": make_run(users=1, tokens=1)}, tmp_path, "t")
+    data = json.loads(files[0].read_text())["policies"]["fair"]
+    assert data["service_window_s"] is None and data["gaps_ms"] == []
+
+
+def test_what_is_missing_is_said_before_anything_runs(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="plots: got"):
+        plots.prepare_folder(str(tmp_path / "file"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DependencyError, match="pip install matplotlib"):
+        plots.require_matplotlib()
+
+
+def test_the_command_draws_a_burst(tmp_path):
+    model = write_config(tmp_path / "model", vocab_size=131)
+    done = run_command(
+        "bench", f"--model={model}", "--load_format=dummy", "--dtype=float32", "--warmup=none",
+        "--max_step_tokens=64", "--max_num_seqs=8", "--workload=burst", "--num_requests=12",
+        "--prompt_tokens=12", "--output_tokens=8", "--reps=1", f"--plots={tmp_path / 'out'}",
+        "--arrivals=poisson", "--request_rate=500", "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["policies"]["fcfs"]["metrics"]["tokens"]["median"] == 96
+    assert str(tmp_path / "out" / "cdf.png") in done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
