@@ -77,7 +77,8 @@ class RequestOutput:
     """The state of one request, cumulative.
 
     `Engine.step` hands out the request's one live object, which later steps go on changing: copying
-    64 growing lists cost more than all other host work of a step. `copy` what must stay as it is.
+    64 growing answers was a quarter of the host's work in a profiled step. `copy` what must stay as
+    it is.
     """
 
     request_id: str

@@ -2,7 +2,7 @@
 
 A step is two programs, not one: `forward` (shape T: flat tokens) and `sample` (shape R: rows that
 want a token, times its variants). One fused program would need T x R x variants compilations;
-two need T + R x variants, and the second dispatch costs tens of microseconds. A third,
+two need T + R x variants, and the second dispatch costs 0.2 ms of the host's time. A third,
 `prompt_logprobs`, runs only for requests that ask for it.
 
 Everything is compiled ahead of time from shapes. After `warm_up` a shape that was not compiled

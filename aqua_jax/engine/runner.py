@@ -157,7 +157,7 @@ class Runner:
         layout = ForwardBatch.layout(bucket, spec.sequences, spec.table_width)
         vector = np.zeros(layout.size, np.int32)
         views = layout.views(vector)
-        # Lists first, one conversion at the end: a NumPy item assignment costs five times a list's.
+        # Lists first, one conversion at the end, instead of NumPy item assignments per sequence.
         tokens: list[int] = []
         positions: list[int] = []
         starts: list[int] = []

@@ -1,7 +1,7 @@
 """Choosing a token per row from logits: greedy, temperature, top-k, top-p, min-p.
 
 No sort: a filter is a threshold on the row's logits, found bit by bit in the integer order of
-floats (31 counting passes over the row; XLA's CPU sort of one 49k row costs milliseconds). Ties
+floats (32 counting passes over the row). Ties
 at a threshold are all kept. The draw is an inverse-CDF look-up with one uniform number per row,
 so a row's token depends on its logits and its number alone, never on its neighbours.
 

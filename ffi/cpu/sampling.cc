@@ -1,7 +1,6 @@
 // Greedy choice is one pass for the maximum and a search for its first place. A random one adds a
 // pass of exponentials and, with filters, a histogram of the scaled logits: it finds the bin a
-// threshold lies in, so only the few values down to that bin are sorted, never the row (49,152
-// logits: 30 us for the histogram against 4 ms for a sort).
+// threshold lies in, so only the few values down to that bin are sorted, never the row.
 
 #include "sampling.h"
 
