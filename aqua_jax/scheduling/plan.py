@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from aqua_jax.paging.moves import Move
 from aqua_jax.scheduling.sequence import Sequence
 
 
@@ -33,3 +34,5 @@ class Plan:
     copies: tuple[tuple[int, int], ...]  # page ids (source, target), all copied before any chunk
     preempted: tuple[Sequence, ...]  # lost their pages and slot in this plan
     num_tokens: int
+    # Copies to hand over at the head of the step, before anything else; a plan may be only these.
+    moves: tuple[Move, ...] = ()

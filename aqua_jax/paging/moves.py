@@ -1,0 +1,80 @@
+"""What a plan asks of the copy queue: tokens of one page, between the pool and a store.
+
+The planner decides moves and never waits for one. Whoever carries them out (`engine/pager.py`, a
+simulator, a test's device) reports each with `Residency.finished`, in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+from aqua_jax.paging.pages import PageHandle
+
+
+class StoreSlot(Protocol):
+    """A slot of a store and the generation in which it was handed out."""
+
+    @property
+    def id(self) -> int:
+        """Its place in the store."""
+
+    @property
+    def generation(self) -> int:
+        """Which life of the place this is."""
+
+
+class Store(Protocol):
+    """What planning needs of a tier; `aqua_jax.memory.stores` has the real ones."""
+
+    name: str
+    slot_bytes: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots there are now, free or in use."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that `allocate` can hand out."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether everything in it has become a miss."""
+
+    @property
+    def wanted_slots(self) -> int:
+        """Slots that the owner of the memory wants back now."""
+
+    def allocate(self, count: int) -> list | None:
+        """Hands out `count` slots, all or nothing; None when there aren't so many."""
+
+    def free(self, slot: StoreSlot) -> None:
+        """Drops a reference; with the last one the slot is free."""
+
+    def fill(self, slot: StoreSlot, valid_tokens: int) -> None:
+        """Notes how many tokens the slot holds now."""
+
+    def holds(self, slot: StoreSlot) -> bool:
+        """Whether the handle is good and its content readable."""
+
+
+class Part(NamedTuple):
+    """Tokens of a page that were copied out together, and what their bytes summed to."""
+
+    start: int
+    count: int
+    checksum: int | None  # None: not computed
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Move:
+    """A copy of tokens start to start + count of a page. Compared by identity."""
+
+    page: PageHandle  # in the pool
+    store: Store
+    slot: StoreSlot
+    start: int
+    count: int
+    inward: bool  # from the store into the pool
+    checksum: int | None = None  # inward: what the bytes must sum to; None: not compared
