@@ -16,8 +16,9 @@ import threading
 import time
 from types import TracebackType
 
+from aqua_jax.coordinator import sockets
 from aqua_jax.errors import AquaError, LenderError, ProtocolError
-from aqua_jax.memory import protocol, sockets
+from aqua_jax.memory import protocol
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import ConfigError, ProtocolError, StaleHandleError
 from aqua_jax.memory.arena import PAGE, round_up
-from aqua_jax.memory.intervals import Intervals
 
 
 @dataclasses.dataclass

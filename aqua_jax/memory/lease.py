@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
+from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import StaleHandleError, StoreError
 from aqua_jax.memory.arena import Arena
-from aqua_jax.memory.intervals import Intervals
 
 
 class Lease:

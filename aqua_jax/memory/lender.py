@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from aqua_jax.coordinator.sockets import Listener, has_exited, peer_of
 from aqua_jax.errors import AquaError, ConfigError, FieldError, ProtocolError
 from aqua_jax.memory import protocol
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.grants import Grant, Grants
-from aqua_jax.memory.sockets import Listener, has_exited, peer_of
 
 SCRUB_BYTES = 16 << 20  # between two looks at the sockets: about 3 ms
 HELLO_S = 5.0  # for a connection to say who it is

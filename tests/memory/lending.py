@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from aqua_jax.coordinator.sockets import connect, receive
 from aqua_jax.memory import protocol
 from aqua_jax.memory.lender import Lender
-from aqua_jax.memory.sockets import connect, receive
 
 _names = itertools.count()
 

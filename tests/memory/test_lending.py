@@ -11,12 +11,12 @@ import timeit
 
 import pytest
 
+from aqua_jax.coordinator.sockets import PATH_LIMIT, Listener
 from aqua_jax.errors import ConfigError, LenderError, ProtocolError, StaleHandleError, StoreError
 from aqua_jax.memory import protocol
 from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.borrower import Borrower, connect
 from aqua_jax.memory.lender import Lender
-from aqua_jax.memory.sockets import PATH_LIMIT, Listener
 from aqua_jax.memory.stores import PeerStore
 from tests.memory.leftovers import leftovers
 from tests.memory.lending import Raw, Running, lending, new_name, wait_for

@@ -19,14 +19,15 @@ PACKAGES = {"aqua_jax": ROOT / "aqua_jax", "aqua_jax.models": ROOT / "models"}
 
 # What each room may import besides itself and the plain data in BASE. Arrows point down.
 ARROWS = {
-    "cli": {"batch", "bench", "llm", "engine", "loading", "memory"},
+    "cli": {"batch", "bench", "llm", "engine", "loading", "memory", "coordinator"},
     "batch": {"llm", "engine", "loading"},
     "bench": {"llm", "engine", "loading"},
     "llm": {"engine", "loading"},
     "engine": {"scheduling", "paging", "memory", "loading", "models", "ops"},
     "scheduling": {"paging"},
     "paging": set(),
-    "memory": set(),
+    "memory": {"coordinator"},
+    "coordinator": set(),
     "loading": {"models", "ops"},
     "models": {"ops"},
     "ops": set(),
@@ -35,7 +36,7 @@ BASE = {
     "aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts", "aqua_jax.progress",
     "aqua_jax.models.config",
 }
-HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory")
+HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory", "aqua_jax.coordinator")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}

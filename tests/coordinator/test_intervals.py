@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import StoreError
-from aqua_jax.memory.intervals import Intervals
 from tests.scale import scaled
 
 SIZE = 24
