@@ -1,65 +1,33 @@
 """An engine for asyncio programs: one background thread steps it, consumers await their answers.
 
-The engine is not thread-safe, so only the thread touches it: `generate` and aborts leave commands
-that it carries out between steps. Each consumer has a mailbox of one: outputs are cumulative, so a
-slow consumer skips states but misses no token, and no queue grows. With nothing to do the thread
-sleeps on a condition.
+The engine is not thread-safe, so only the thread touches it: requests, aborts and `call` leave
+commands that it carries out between steps. Each consumer has a mailbox of one: outputs are
+cumulative, so a slow consumer skips states but misses no token, and no queue grows. With nothing
+to do the thread sleeps on a condition.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 import itertools
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine.engine import Engine
+from aqua_jax.engine.mailbox import AnswerStream, Mailbox, wake
 from aqua_jax.engine.outputs import RequestOutput
 from aqua_jax.errors import EngineDeadError
 from aqua_jax.prompts import Prompt
 
 _log = logging.getLogger(__name__)
 
-
-class _Mailbox:
-    """Hands the latest output of one request from the thread to its consumer's event loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
-        self._lock = threading.Lock()
-        self._output: RequestOutput | None = None
-        self._error: BaseException | None = None
-
-    def put(self, output: RequestOutput | None, error: BaseException | None = None) -> None:
-        """Replaces what is waiting; called by the thread."""
-        with self._lock:
-            self._output = output if output is not None else self._output
-            self._error = error if error is not None else self._error
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:
-            pass  # the consumer's loop is closed: nobody waits any more
-
-    async def get(self) -> RequestOutput:
-        """Waits for something newer than the last call saw; raises the request's error."""
-        while True:
-            await self._ready.wait()
-            with self._lock:
-                self._ready.clear()
-                output, self._output = self._output, None
-                error = self._error
-                if output is not None and error is not None:
-                    self._ready.set()  # the error comes with the next call
-            if output is not None:
-                return output
-            if error is not None:
-                raise error
+T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -84,7 +52,7 @@ class AsyncEngine:
         self._engine = make_engine(config)
         self._wake = threading.Condition()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
-        self._mailboxes: dict[str, _Mailbox] = {}  # the thread's alone
+        self._mailboxes: dict[str, Mailbox] = {}  # the thread's alone
         self._numbers = itertools.count()
         self._stopping = False
         self._dead: BaseException | None = None
@@ -107,6 +75,63 @@ class AsyncEngine:
         """The model's tokenizer, or None; safe to use from any thread."""
         return self._engine.tokenizer
 
+    @property
+    def dead(self) -> BaseException | None:
+        """Why the engine takes no requests any more; None while it does."""
+        return self._dead
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        user: str = "",
+        weight: float = 1.0,
+        arrival: float | None = None,
+        final_only: bool = False,
+    ) -> AnswerStream:
+        """Returns once the engine has accepted the request, before its first token.
+
+        Args:
+          prompt: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`.
+          sampling_params: how tokens are chosen; None: the defaults.
+          request_id: unique among live requests; None: a fresh one.
+          priority: see `Engine.add_request`.
+          user: see `Engine.add_request`.
+          weight: see `Engine.add_request`.
+          arrival: see `Engine.add_request`.
+          final_only: the stream yields the finished output alone; nobody is woken up before.
+
+        Raises:
+          RequestError: a field is invalid.
+          EngineDeadError: the engine has failed or was shut down; says why.
+        """
+        name = f"async-{next(self._numbers)}" if request_id is None else request_id
+        mailbox = Mailbox(final_only)
+
+        def add() -> None:
+            try:
+                self._engine.add_request(
+                    name, prompt, sampling_params, priority=priority, user=user, weight=weight,
+                    arrival=arrival,
+                )
+            except Exception as error:  # the consumer's, whatever it is
+                mailbox.fail(error)
+            else:
+                self._mailboxes[name] = mailbox
+                mailbox.accept()
+
+        self._send(add)
+        stream = AnswerStream(name, mailbox, lambda: self._abandon(name, mailbox))
+        try:
+            await mailbox.accepted()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
     async def generate(
         self,
         prompt: Prompt,
@@ -120,42 +145,39 @@ class AsyncEngine:
         """Yields the request's growing, cumulative output; the last one is finished.
 
         Closing the generator, or cancelling the task that runs it, aborts the request.
-
-        Args:
-          prompt: text, token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`.
-          sampling_params: how tokens are chosen; None: the defaults.
-          request_id: unique among live requests; None: a fresh one.
-          priority: see `Engine.add_request`.
-          user: see `Engine.add_request`.
-          weight: see `Engine.add_request`.
-
-        Raises:
-          RequestError: a field is invalid.
-          EngineDeadError: the engine has failed or was shut down; says why.
+        Arguments and errors are those of `submit`.
         """
-        name = f"async-{next(self._numbers)}" if request_id is None else request_id
-        mailbox = _Mailbox()
-
-        def add() -> None:
-            try:
-                self._engine.add_request(
-                    name, prompt, sampling_params, priority=priority, user=user, weight=weight
-                )
-            except Exception as error:  # the consumer's, whatever it is
-                mailbox.put(None, error)
-            else:
-                self._mailboxes[name] = mailbox
-
-        self._send(add)
-        finished = False
+        stream = await self.submit(
+            prompt, sampling_params, request_id, priority=priority, user=user, weight=weight
+        )
         try:
-            while not finished:
-                output = await mailbox.get()
-                finished = output.finished
+            async for output in stream:
                 yield output
         finally:
-            if not finished:
-                self._abandon(name, mailbox)
+            stream.close()
+
+    async def call(self, function: Callable[[Any], T]) -> T:
+        """What `function(engine)` returns, run by the thread between two steps.
+
+        The only safe way to look inside the engine while it runs. Every step waits for it: keep it
+        short.
+
+        Raises:
+          EngineDeadError: the engine has failed or was shut down.
+          Exception: what `function` raised.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # the caller has gone
+            try:
+                future.set_result(function(self._engine))
+            except Exception as error:  # the caller's
+                future.set_exception(error)
+
+        self._send(run)
+        return await asyncio.wrap_future(future)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its consumer gets a last output with finish reason "abort".
@@ -165,7 +187,7 @@ class AsyncEngine:
         self._try_send(lambda: self._engine.abort(request_id))
 
     def stats(self) -> dict[str, Any]:
-        """The engine's counters."""
+        """The engine's counters, read without waiting for the step; see `call` for consistency."""
         return dict(self._engine.stats())
 
     def shutdown(self) -> None:
@@ -179,7 +201,7 @@ class AsyncEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _abandon(self, name: str, mailbox: _Mailbox) -> None:
+    def _abandon(self, name: str, mailbox: Mailbox) -> None:
         """The consumer of `name` has gone."""
 
         def drop() -> None:
@@ -227,13 +249,19 @@ class AsyncEngine:
         return not stopping
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        waiting: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
         for output in outputs:
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is None:
                 continue
             if output.finished:
                 del self._mailboxes[output.request_id]
-            mailbox.put(output.copy())  # the engine goes on changing its own
+            elif mailbox.final_only:
+                continue
+            if mailbox.put(output):
+                waiting.setdefault(mailbox.loop, []).append(mailbox)
+        for mailboxes in waiting.values():
+            wake(mailboxes)
 
     def _end(self, reason: BaseException | None) -> None:
         """Tells every consumer why there is nothing more to come, and closes the engine."""
@@ -246,7 +274,7 @@ class AsyncEngine:
         for mailbox in self._mailboxes.values():
             error = EngineDeadError(why)
             error.__cause__ = reason
-            mailbox.put(None, error)
+            mailbox.fail(error)
         self._mailboxes.clear()
         try:
             self._engine.close()
