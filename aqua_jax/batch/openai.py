@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from typing import Any
 
+from aqua_jax.batch import dialect
 from aqua_jax.batch.requests import CHAT, COMPLETIONS, BatchRequest, RequestId, refuse_unknown
 from aqua_jax.config import LOGPROBS_LIMIT, SamplingParams
-from aqua_jax.engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from aqua_jax.engine.outputs import CompletionOutput, RequestOutput
 from aqua_jax.errors import RequestError
 from aqua_jax.prompts import check_messages, check_prompt
 
@@ -131,7 +131,6 @@ def success_record(request: BatchRequest, output: RequestOutput, model: str) -> 
     """OpenAI's record of an answered request."""
     chat = request.dialect == CHAT
     choices = [_chat_choice(one) if chat else _completion_choice(one) for one in output.outputs]
-    prompt_tokens = len(output.prompt_token_ids)
     completion_tokens = sum(len(one.token_ids) for one in output.outputs)
     body = {
         "id": _name("chatcmpl-" if chat else "cmpl-", request.id),
@@ -139,11 +138,7 @@ def success_record(request: BatchRequest, output: RequestOutput, model: str) -> 
         "created": int(time.time()),
         "model": request.model or model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        },
+        "usage": dialect.usage(len(output.prompt_token_ids), completion_tokens),
     }
     return {
         "id": _name("batch_req_", request.id),
@@ -166,11 +161,7 @@ def error_record(
     """
     kind = "invalid_request_error" if status == 400 else "server_error"
     name = key if key is not None else f"line {line}"
-    body = {
-        "error": {
-            "message": details["message"], "type": kind, "param": details["field"], "code": None,
-        }
-    }
+    body = dialect.error_body(details["message"], kind, details["field"])
     return {
         "id": _name("batch_req_", name),
         "custom_id": key,
@@ -182,12 +173,7 @@ def error_record(
 def _chat_choice(output: CompletionOutput) -> dict[str, Any]:
     logprobs = None
     if output.logprobs is not None:
-        logprobs = {
-            "content": [
-                _chat_logprob(token, table)
-                for token, table in zip(output.token_ids, output.logprobs, strict=False)
-            ]
-        }
+        logprobs = dialect.chat_logprobs(output.token_ids, output.logprobs)
     return {
         "index": output.index,
         "message": {"role": "assistant", "content": output.text},
@@ -196,48 +182,13 @@ def _chat_choice(output: CompletionOutput) -> dict[str, Any]:
     }
 
 
-def _chat_logprob(token: int, table: TokenLogprobs) -> dict[str, Any]:
-    ranked = sorted(table.items(), key=lambda item: item[1].rank)
-    entry = _named(token, table)
-    return {**entry, "top_logprobs": [_named(other, table) for other, _ in ranked]}
-
-
-def _named(token: int, table: TokenLogprobs) -> dict[str, Any]:
-    text = table[token].decoded_token
-    text = f"token_id:{token}" if text is None else text
-    return {
-        "token": text,
-        "logprob": finite(table[token].logprob),
-        "bytes": list(text.encode("utf-8", "replace")),
-    }
-
-
 def _completion_choice(output: CompletionOutput) -> dict[str, Any]:
     logprobs = None
     if output.logprobs is not None:
-        pairs = list(zip(output.token_ids, output.logprobs, strict=False))
-        names = [_named(token, table) for token, table in pairs]
-        offsets, position = [], 0
-        for name in names:
-            offsets.append(position)
-            position += len(name["token"])
-        logprobs = {
-            "tokens": [name["token"] for name in names],
-            "token_logprobs": [name["logprob"] for name in names],
-            "top_logprobs": [
-                {_named(other, table)["token"]: finite(table[other].logprob) for other in table}
-                for _, table in pairs
-            ],
-            "text_offset": offsets,
-        }
+        logprobs = dialect.completion_logprobs(output.token_ids, output.logprobs)
     return {
         "index": output.index,
         "text": output.text,
         "logprobs": logprobs,
         "finish_reason": output.finish_reason,
     }
-
-
-def finite(value: float) -> float:
-    """A log probability that JSON can write: -9999.0 (OpenAI's least) for minus infinity."""
-    return value if math.isfinite(value) else -9999.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aqua_jax.batch import openai
+from aqua_jax.batch import dialect, openai
 from aqua_jax.batch.requests import OWN, BatchRequest, RequestId
 from aqua_jax.engine.outputs import (
     CompletionOutput,
@@ -24,7 +24,7 @@ def logprobs_json(tables: list[TokenLogprobs] | list[TokenLogprobs | None] | Non
     return [
         None if table is None else {
             str(token): {
-                "logprob": openai.finite(one.logprob), "rank": one.rank,
+                "logprob": dialect.finite(one.logprob), "rank": one.rank,
                 "decoded_token": one.decoded_token,
             }
             for token, one in table.items()
