@@ -13,6 +13,8 @@ from typing import Any, Literal
 from aqua_jax.errors import ConfigError, FieldError, RequestError
 
 DType = Literal["auto", "bfloat16", "float32"]
+# Policies under which whoever gives way keeps its pages elsewhere, where there is room.
+SWAPPING = ("fair", "fcfs_swap", "priority")
 LOGPROBS_LIMIT = 20  # most alternatives per token; the width of the packed logprob read
 
 
@@ -170,10 +172,17 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_chunk_tokens: int | None = None  # longest prompt chunk of one sequence; None: the step's
     prefix_caching: bool = True
-    # Who runs next; without a tier below the pool whoever gives way is recomputed.
-    policy: Literal["fcfs", "fair", "priority"] = "fcfs"
+    # Who runs next. Under fcfs whoever gives way is recomputed; under the others its pages go to
+    # the lender's memory, then to our own, as far as there is room.
+    policy: Literal["fair", "fcfs", "fcfs_swap", "priority"] = "fcfs"
     slice_steps: int | None = None  # fair: decode steps of a turn; None: by what a switch costs
     tbt_slo_ms: float = 0.0  # fair: longest gap between tokens aimed at; 0: as short as it goes
+    # Bytes of own memory for pages that gave way; 0: none; None: four times the pool, but at most a
+    # quarter of what is available.
+    host_kv_memory: int | None = None
+    peer: str = ""  # socket of a lender (`aqua-jax lend`) whose memory is used first; "": none
+    peer_kv_memory: int | None = None  # bytes to borrow of it; None: all it has free
+    verify_pages: bool = False  # checksums on every page that comes back
     attention: Literal["auto", "ffi", "reference"] = "auto"
     matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
@@ -190,7 +199,7 @@ class EngineConfig:
             "load_format": ("auto", "safetensors", "gguf", "orbax", "dummy"),
             "dtype": ("auto", "bfloat16", "float32"),
             "kv_dtype": ("auto", "bfloat16", "float32"),
-            "policy": ("fcfs", "fair", "priority"),
+            "policy": ("fair", "fcfs", "fcfs_swap", "priority"),
             "attention": ("auto", "ffi", "reference"),
             "matmul": ("auto", "ffi", "xla"),
             "warmup": ("none", "minimal", "full"),
@@ -202,7 +211,7 @@ class EngineConfig:
             check(_is_int(value) and value > 0, field, "an integer > 0")
         optional = (
             "kv_cache_tokens", "max_model_len", "max_step_tokens", "max_chunk_tokens",
-            "slice_steps",
+            "slice_steps", "peer_kv_memory",
         )
         for field in optional:
             value = getattr(self, field)
@@ -220,8 +229,28 @@ class EngineConfig:
             _is_number(self.tbt_slo_ms) and self.tbt_slo_ms >= 0, "tbt_slo_ms",
             "milliseconds, a number >= 0",
         )
-        for field in ("prefix_caching", "deterministic"):
+        for field in ("prefix_caching", "deterministic", "verify_pages"):
             check(isinstance(getattr(self, field), bool), field, "true or false")
+        host = self.host_kv_memory
+        check(
+            host is None or (_is_int(host) and host >= 0), "host_kv_memory",
+            "bytes, an integer >= 0, or null",
+        )
+        check(isinstance(self.peer, str), "peer", "a lender's socket, or empty")
+        check(
+            not self.peer or self.swaps, "peer",
+            f"empty with policy {self.policy}, which recomputes; a lender's socket with "
+            + ", ".join(SWAPPING),
+        )
+        check(
+            self.peer_kv_memory is None or self.peer != "", "peer_kv_memory",
+            "null without a peer to borrow of",
+        )
+
+    @property
+    def swaps(self) -> bool:
+        """Whether pages of whoever gives way are kept in memory off the device."""
+        return self.policy in SWAPPING
 
     @property
     def step_tokens(self) -> int:

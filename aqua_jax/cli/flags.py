@@ -81,8 +81,9 @@ def define_engine_flags(flags: FlagSet) -> None:
             "size.", 1,
         )
         choice(
-            "policy", "Who runs next: first come, first served; fair shares by user and request in "
-            "time slices; strict priority with ageing.",
+            "policy", "Who runs next: fair shares by user and request in time slices; first come, "
+            "first served (fcfs: whoever gives way is recomputed; fcfs_swap: its pages are kept); "
+            "strict priority with ageing.",
         )
         flags.integer(
             "slice_steps", None, "Decode steps of a turn with --policy=fair; default: by what a "
@@ -97,6 +98,19 @@ def define_engine_flags(flags: FlagSet) -> None:
             "sizes and preemption, to the last bit; slower.",
         )
         flags.integer("seed", 0, "Seed of the engine, for requests without a seed of their own.")
+    with flags.group("Paging"):
+        flags.size(
+            "host_kv_memory", None, "Own memory for the pages of requests that gave way; 0: none; "
+            "default: 4 times the pool, at most a quarter of the available memory.", low=0,
+        )
+        flags.string(
+            "peer", "", "Socket of a process that lends memory (aqua-jax lend --listen=PATH), used "
+            "before our own; not with --policy=fcfs.", "PATH",
+        )
+        flags.size(
+            "peer_kv_memory", None, "Memory to borrow of it; default: all that it has free."
+        )
+        flags.switch("verify_pages", False, "Compare checksums of all pages that come back.")
     with flags.group("Execution"):
         choice("attention", "Attention kernel; reference is plain jnp and runs anywhere.")
         choice("matmul", "Matrix multiplication.")

@@ -80,10 +80,10 @@ class FlagSet:
         """A real number flag with inclusive bounds."""
         self._define(parsers.NumberParser(low, high), name, default, text)
 
-    def size(self, name: str, default: int | None, text: str) -> None:
-        """A flag in bytes, written like 256MiB."""
+    def size(self, name: str, default: int | None, text: str, *, low: int = 1) -> None:
+        """A flag in bytes, written like 256MiB; `low` is 1 or 0."""
         self._define(
-            parsers.SizeParser(), name, default, text, serializer=parsers.SizeSerializer()
+            parsers.SizeParser(low), name, default, text, serializer=parsers.SizeSerializer()
         )
 
     def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:

@@ -46,9 +46,17 @@ class SizeParser(flags.ArgumentParser):
 
     syntactic_help = "SIZE"
 
+    def __init__(self, low: int = 1):
+        super().__init__()
+        self.low = low
+
     def parse(self, argument: str | int) -> int:
-        """`argument` in bytes."""
-        return argument if isinstance(argument, int) else parse_size(argument)
+        """`argument` in bytes; 0 only if `low` is 0."""
+        if isinstance(argument, int):
+            return argument
+        if self.low == 0 and argument.strip() == "0":
+            return 0
+        return parse_size(argument)
 
     def flag_type(self) -> str:
         """Name of the type in absl's XML help."""

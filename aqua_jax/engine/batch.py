@@ -8,7 +8,8 @@ vector is one transfer, where six small `device_put`s measured 128 us.
 A fresh vector per step is not waste but a rule: JAX on CPU aliases NumPy input, and the device
 may still be reading the vector of the step before.
 
-Letters: T flat tokens, S sequence capacity, M page-table width, R rows that want a token.
+Letters: T flat tokens, S sequence capacity, M page-table width, R rows that want a token, N page
+moves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from aqua_jax.ops.moves import MOVE_WORDS
 
 BANNED_TOKENS = 16  # token ids a row may forbid (end of sequence and stops before min_tokens)
 
@@ -47,11 +50,40 @@ class VectorLayout:
             yield name, vector[s].reshape(shape)
 
 
+class MoveVector:
+    """Page moves in a packed vector: the tail of a step's, or all there is in one of only moves."""
+
+    @staticmethod
+    def fields(max_moves: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes for N `max_moves`."""
+        return {"move_head": (3,), "moves": (max_moves, MOVE_WORDS)}
+
+    @staticmethod
+    @functools.cache
+    def layout(max_moves: int) -> VectorLayout:
+        """Layout of a vector of only N `max_moves` moves."""
+        return VectorLayout(MoveVector.fields(max_moves))
+
+    @staticmethod
+    def write(views: dict[str, np.ndarray], moves: np.ndarray, head: np.ndarray) -> None:
+        """Puts moves i32[n, MOVE_WORDS] and their head i32[3] into a fresh vector.
+
+        Raises:
+          ValueError: n > N.
+        """
+        if len(moves) > len(views["moves"]):
+            raise ValueError(
+                f"page moves: got {len(moves)}; allowed: at most {len(views['moves'])} in one step"
+            )
+        views["moves"][: len(moves)] = moves
+        views["move_head"][:] = head
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "counts", "tokens", "positions", "prompt_lens", "query_starts", "kv_lens",
-        "page_table", "copy_sources", "copy_targets", "sample_rows",
+        "page_table", "copy_sources", "copy_targets", "sample_rows", "move_head", "moves",
     ],
     meta_fields=[],
 )
@@ -69,17 +101,21 @@ class ForwardBatch:
     copy_sources: jax.Array  # i32[S]: pages to copy before anything else (copy on write)
     copy_targets: jax.Array  # i32[S]
     sample_rows: jax.Array  # i32[S]: flat row of each token to sample; 0 past the valid ones
+    move_head: jax.Array  # i32[3]: `ops.moves.MoveBatch.head`; all 0: nothing moves
+    moves: jax.Array  # i32[N, MOVE_WORDS]: pages to hand to the copy queue, before all else
 
     @staticmethod
     @functools.cache
-    def layout(tokens: int, sequences: int, table_width: int) -> VectorLayout:
-        """Layout of the packed vector for T `tokens`, S `sequences`, M `table_width`."""
+    def layout(
+        tokens: int, sequences: int, table_width: int, max_moves: int = 0
+    ) -> VectorLayout:
+        """Layout of the packed vector for T `tokens`, S `sequences`, M `table_width`, N moves."""
         return VectorLayout({
             "counts": (3,), "tokens": (tokens,), "positions": (tokens,),
             "prompt_lens": (tokens,), "query_starts": (sequences + 1,),
             "kv_lens": (sequences,), "page_table": (sequences, table_width),
             "copy_sources": (sequences,), "copy_targets": (sequences,),
-            "sample_rows": (sequences,),
+            "sample_rows": (sequences,), **MoveVector.fields(max_moves),
         })
 
     @staticmethod

@@ -3,6 +3,9 @@
 One thread drives it: `step` plans and dispatches step n+1, then waits for the tokens of step n, so
 that the host's work hides behind the device's. A stop the host finds in the tokens of n is
 corrected one step later: the token that n+1 sampled for the ended sequence is discarded.
+
+Pages that move ride on steps (`pager`). Each `step` first takes in which moves have ended and gives
+back what lenders want; it waits for moves only when neither a step nor a token is left to wait for.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from aqua_jax.scheduling.sequence import Sequence, Status
 
 _RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for
 _MAX_RESETS = 3  # device failures in a row before the engine gives up
+_MOVES_WAIT_S = 0.05  # longest wait for page moves in one `step`: requests may come meanwhile
 
 
 class Engine:
@@ -58,6 +62,7 @@ class Engine:
         self._eos = frozenset(parts.eos_token_ids)
         self._scheduler, self._pool = parts.scheduler, parts.pool
         self._runner: Runner = parts.runner
+        self._pager = parts.pager
         self._implementations = parts.implementations
         self._startup = parts.timings
         self.metrics = EngineMetrics()
@@ -141,8 +146,9 @@ class Engine:
         self._ended.append(self._retire(request))
 
     def has_unfinished(self) -> bool:
-        """Whether another `step` may bring outputs."""
-        return bool(self._requests or self._ended)
+        """Whether another `step` may bring outputs, or has page moves to see through."""
+        moving = self._pager is not None and self._pager.unfinished
+        return bool(self._requests or self._ended or moving)
 
     @property
     def num_live_requests(self) -> int:
@@ -163,32 +169,41 @@ class Engine:
         """
         self._check_alive()
         started = time.perf_counter()
-        waited = self.metrics.wait_s
+        waited = self._waited_s
         outputs, self._ended = self._ended, []
         try:
+            self.tend()
             plan = self._scheduler.plan(time.monotonic())
+            record = None
             if plan is not None:
-                self._pending.append(self._runner.dispatch(plan))
+                record = self._runner.dispatch(plan)
                 self._count_plan(plan)
-            if self._pending and (plan is None or len(self._pending) > _RUN_AHEAD):
+            if record is not None:
+                self._pending.append(record)
+            if self._pending and (record is None or len(self._pending) > _RUN_AHEAD):
                 outputs += self._take_in(self._pending.popleft())
+            elif plan is None and self._pager is not None and self._pager.outstanding:
+                self._runner.fence()  # moves end once the step they ride on has begun
+                self._pager.wait(_MOVES_WAIT_S)
         except jax.errors.JaxRuntimeError as error:
             outputs += self._recover(error)
         except Exception as error:  # ours, not the device's: going on could only hide it
             outputs += self._die(error)
-        self.metrics.host_s += time.perf_counter() - started - (self.metrics.wait_s - waited)
+        self.metrics.host_s += time.perf_counter() - started - (self._waited_s - waited)
         return outputs
 
+    def tend(self) -> None:
+        """What lenders of memory are owed at a step boundary. `step` does it; call it now and then
+        while there is nothing to step, or a lender waits for what it wants back."""
+        if self._pager is not None and self._dead is None:
+            self._pager.poll()
+            self._pager.respond()
+
     def close(self) -> None:
-        """End live requests with an error, wait for the device, drop its memory."""
-        if self._dead is not None:
-            return
-        while self._pending:
-            Runner.read(self._pending.popleft())
-        for request in list(self._requests.values()):
-            self._fail(request, "the engine was closed")
-        self._dead = RuntimeError("the engine was closed")
-        self._runner.close()
+        """End live requests with an error, wait for the device, let go of all memory."""
+        if self._dead is None:
+            self._dead = RuntimeError("the engine was closed")
+            self._end_all("the engine was closed")
 
     def __enter__(self) -> Engine:
         return self
@@ -208,6 +223,9 @@ class Engine:
                 "page_tokens": self.config.page_tokens,
             },
             "live_requests": len(self._requests),
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting,
+            "paging": None if self._pager is None else self._pager.stats(),
             "switches": self._scheduler.counters.switches,
             "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
@@ -217,6 +235,11 @@ class Engine:
         }
 
     # Inside.
+
+    @property
+    def _waited_s(self) -> float:
+        """Seconds in which the host had nothing to do."""
+        return self.metrics.wait_s + (0.0 if self._pager is None else self._pager.wait_s)
 
     def _lookup(self, sequence: Sequence) -> tuple[Request, Sample]:
         return self._samples[sequence.seq_id]
@@ -244,7 +267,7 @@ class Engine:
 
     def _count_plan(self, plan: Any) -> None:
         metrics = self.metrics
-        metrics.steps += 1
+        metrics.steps += bool(plan.chunks)
         metrics.preemptions += len(plan.preempted)
         for sequence in plan.preempted:
             self._lookup(sequence)[0].output.metrics.num_preemptions += 1
@@ -371,7 +394,9 @@ class Engine:
         if self._failures_in_row >= _MAX_RESETS:
             return self._die(error)
         logging.exception("a step failed on the device; all live requests are recomputed")
-        self._pending.clear()
+        self._quiesce()
+        if self._pager is not None:
+            self._pager.reset()
         self._scheduler.reset()
         self._runner.reset()
         return []
@@ -379,12 +404,29 @@ class Engine:
     def _die(self, error: Exception) -> list[RequestOutput]:
         """Stop for good; every live request ends with the reason."""
         logging.exception("the engine stops")
-        self._pending.clear()
         self._dead = error
-        return [
-            self._fail(request, f"the engine failed: {error}")
-            for request in list(self._requests.values())
-        ]
+        return self._end_all(f"the engine failed: {error}")
+
+    def _quiesce(self) -> None:
+        """Wait until nothing runs on the device; drop what its steps brought, or failed with."""
+        self._pending.clear()
+        try:
+            self._runner.fence()
+        except (RuntimeError, ValueError) as error:
+            # Reported already, or about to be; a pool that a failed step consumed is "deleted".
+            logging.info("waiting for the device: %s", error)
+
+    def _end_all(self, why: str) -> list[RequestOutput]:
+        """End every live request with an error and let go of the device's and lenders' memory."""
+        self._quiesce()
+        try:
+            if self._pager is not None:
+                self._pager.settle()
+            return [self._fail(request, why) for request in list(self._requests.values())]
+        finally:
+            if self._pager is not None:
+                self._pager.close()
+            self._runner.close()
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -2,8 +2,12 @@
 
 A step is two programs, not one: `forward` (shape T: flat tokens) and `sample` (shape R: rows that
 want a token, times its variants). One fused program would need T x R x variants compilations;
-two need T + R x variants, and the second dispatch costs 0.2 ms of the host's time. A third,
-`prompt_logprobs`, runs only for requests that ask for it.
+two need T + R x variants, and the second dispatch costs 0.2 ms of the host's time. Others run now
+and then: `prompt_logprobs` for requests that ask for it, `moves` when pages move and no token is
+computed.
+
+Page moves stand at the head of `forward`, always, with room for `StepSpec.max_moves`: a step
+without any hands over none, so there is one program with and without.
 
 Everything is compiled ahead of time from shapes. After `warm_up` a shape that was not compiled
 is counted (`compiles_after_warmup`) and logged with its shape.
@@ -23,12 +27,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from aqua_jax.engine.batch import ForwardBatch, SampleBatch
+from aqua_jax.engine.batch import ForwardBatch, MoveVector, SampleBatch, VectorLayout
 from aqua_jax.engine.buckets import BucketTable
 from aqua_jax.engine.sampler import SampleVariant, pack_logprobs, sample
 from aqua_jax.models.decoder import Decoder
 from aqua_jax.models.parameters import merge
 from aqua_jax.ops.attention import AttentionMetadata, paged_attention
+from aqua_jax.ops.moves import enqueue_moves
 from aqua_jax.ops.pages import copy_pages
 
 Params = dict[str, jax.Array]
@@ -50,6 +55,11 @@ class StepSpec:
     counts_rows: bool
     attention: Literal["ffi", "reference"]  # implementation of `paged_attention`
     head_dim: int
+    max_moves: int = 0  # N: page moves that one step can hand over; 0: pages never move
+
+    def forward_layout(self, tokens: int) -> VectorLayout:
+        """Layout of the forward program's vector for T `tokens`."""
+        return ForwardBatch.layout(tokens, self.sequences, self.table_width, self.max_moves)
 
 
 class Programs:
@@ -68,7 +78,7 @@ class Programs:
         self.compiles_after_warmup = 0
         self.compile_seconds = 0.0
 
-    # The three programs, as plain functions.
+    # The programs, as plain functions.
 
     def _model(self, params: Leaves) -> Decoder:
         return merge(self._graphdef, dict(zip(self.names, params, strict=True)))
@@ -81,9 +91,10 @@ class Programs:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec = self._spec
         tokens = self._tokens_of(vector)
-        batch = ForwardBatch.unpack(
-            vector, ForwardBatch.layout(tokens, spec.sequences, spec.table_width)
-        )
+        batch = ForwardBatch.unpack(vector, spec.forward_layout(tokens))
+        if spec.max_moves:
+            with jax.named_scope("moves"):
+                kv = enqueue_moves(kv, batch.moves, batch.move_head)
         with jax.named_scope("copy_on_write"):
             kv = copy_pages(
                 kv, batch.copy_sources, batch.copy_targets, batch.counts[2:3],
@@ -142,6 +153,11 @@ class Programs:
         )
         return packed.reshape(blocks * block, -1)[:tokens]
 
+    def _moves(self, kv: jax.Array, vector: jax.Array) -> jax.Array:
+        fields = dict(MoveVector.layout(self._spec.max_moves).unpack(vector))
+        with jax.named_scope("moves"):
+            return enqueue_moves(kv, fields["moves"], fields["move_head"])
+
     # Getting a compiled one.
 
     def forward(self, tokens: int) -> jax.stages.Compiled:
@@ -155,6 +171,10 @@ class Programs:
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
         """Compiled `(params, hidden, targets) -> packed`."""
         return self._get(("prompt_logprobs", tokens))
+
+    def moves(self) -> jax.stages.Compiled:
+        """Compiled `(kv, vector) -> kv`: hands page moves over, and nothing else."""
+        return self._get(("moves",))
 
     def warm_up(self, level: str, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile ahead of time, two at a time.
@@ -170,6 +190,7 @@ class Programs:
             # Largest first: the longest compile should not be the last to start.
             keys += [("forward", t) for t in reversed(buckets.tokens)]
             keys += [("sample", r, SampleVariant()) for r in reversed(buckets.rows)]
+            keys += [("moves",)] if self._spec.max_moves else []
         if level == "full":
             keys += [
                 ("sample", r, SampleVariant(edits, logprobs))
@@ -213,9 +234,13 @@ class Programs:
         args: tuple[Any, ...]
         last = jax.ShapeDtypeStruct((spec.sequences,), i32)
         if key[0] == "forward":
-            layout = ForwardBatch.layout(key[1], spec.sequences, spec.table_width)
+            size = spec.forward_layout(key[1]).size
             jitted = jax.jit(self._forward, donate_argnums=(1,))
-            args = (self._params, self._kv, jax.ShapeDtypeStruct((layout.size,), i32), last)
+            args = (self._params, self._kv, jax.ShapeDtypeStruct((size,), i32), last)
+        elif key[0] == "moves":
+            size = MoveVector.layout(spec.max_moves).size
+            jitted = jax.jit(self._moves, donate_argnums=(0,))
+            args = (self._kv, jax.ShapeDtypeStruct((size,), i32))
         elif key[0] == "sample":
             rows, variant = key[1:]
 
@@ -236,8 +261,7 @@ class Programs:
         return jitted.lower(*args).compile()
 
     def _tokens_of(self, vector: jax.Array) -> int:
-        spec = self._spec
-        fixed = ForwardBatch.layout(0, spec.sequences, spec.table_width).size
+        fixed = self._spec.forward_layout(0).size
         return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
 
 

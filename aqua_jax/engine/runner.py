@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqua_jax.engine.batch import ForwardBatch, SampleBatch
+from aqua_jax.engine.batch import MoveVector, SampleBatch
+from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Params, Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.sampler import SampleVariant
@@ -98,7 +99,7 @@ class Runner:
 
     def __init__(
         self, programs: Programs, params: Params, make_kv: Callable[[], jax.Array],
-        kv: jax.Array, spec: StepSpec, lookup: Lookup,
+        kv: jax.Array, spec: StepSpec, lookup: Lookup, pager: Pager | None = None,
     ):
         """Args:
           programs: compiled programs.
@@ -107,17 +108,26 @@ class Runner:
           kv: the KV pool, [P, L, 2, page_tokens, K, D].
           spec: constants of the programs.
           lookup: the request and sample of a scheduled sequence.
+          pager: turns page moves into what the programs take; None: no plan has any.
         """
         self.programs, self._spec = programs, spec
         self._params = tuple(params[name] for name in programs.names)
         self._make_kv, self._kv = make_kv, kv
-        self._lookup = lookup
+        self._lookup, self._pager = lookup, pager
         self._last_tokens = jnp.zeros((spec.sequences,), jnp.int32)
         self._slots = SlotState(spec.sequences, spec.table_width, lookup)
 
-    def dispatch(self, plan: Plan) -> StepRecord:
-        """Enqueue one step; returns before it has run."""
-        vector, bucket = self._forward_vector(plan)
+    def dispatch(self, plan: Plan) -> StepRecord | None:
+        """Enqueue one step; returns before it has run. None: there will be nothing to read."""
+        packed_moves = None
+        if plan.moves:
+            assert self._pager is not None, "moves are planned only between pool and stores"
+            packed_moves = self._pager.batch(plan.moves)
+        if not plan.chunks:
+            if packed_moves is not None and len(packed_moves[0]):
+                self._dispatch_moves(*packed_moves)
+            return None
+        vector, bucket = self._forward_vector(plan, packed_moves)
         sampled = [chunk for chunk in plan.chunks if chunk.sample]
         forward = self.programs.forward(bucket)
         self._kv, picked, hidden = forward(self._params, self._kv, vector, self._last_tokens)
@@ -125,6 +135,12 @@ class Runner:
         prompt_rows, prompt_packed = self._prompt_logprobs(plan, hidden, bucket)
         rows = tuple(chunk.sequence for chunk in sampled)
         return StepRecord(plan.step_id, rows, packed, prompt_rows, prompt_packed, picked)
+
+    def _dispatch_moves(self, moves: np.ndarray, head: np.ndarray) -> None:
+        layout = MoveVector.layout(self._spec.max_moves)
+        vector = np.zeros(layout.size, np.int32)
+        MoveVector.write(layout.views(vector), moves, head)
+        self._kv = self.programs.moves()(self._kv, vector)
 
     @staticmethod
     def read(record: StepRecord) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -135,14 +151,17 @@ class Runner:
         prompt = None if record.prompt_packed is None else np.asarray(record.prompt_packed)
         return packed, prompt
 
+    def fence(self) -> None:
+        """Wait for every dispatched step; raises what one of them failed with."""
+        jax.block_until_ready((self._kv, self._last_tokens))
+
     def reset(self) -> None:
         """A new, empty pool after a failed step (which consumed the donated one)."""
         self._kv = self._make_kv()
         self._last_tokens = jnp.zeros((self._spec.sequences,), jnp.int32)
 
     def close(self) -> None:
-        """Drop device memory."""
-        jax.block_until_ready(self._kv)
+        """Drop device memory; `fence` first."""
         self._kv = None  # type: ignore[assignment]
         self._params = ()
 
@@ -151,12 +170,16 @@ class Runner:
         """The KV pool as of the last dispatched step. Reading it delays the next step."""
         return self._kv
 
-    def _forward_vector(self, plan: Plan) -> tuple[np.ndarray, int]:
+    def _forward_vector(
+        self, plan: Plan, packed_moves: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, int]:
         spec, chunks = self._spec, plan.chunks
         bucket = spec.buckets.token_bucket(plan.num_tokens)
-        layout = ForwardBatch.layout(bucket, spec.sequences, spec.table_width)
+        layout = spec.forward_layout(bucket)
         vector = np.zeros(layout.size, np.int32)
         views = layout.views(vector)
+        if packed_moves is not None:
+            MoveVector.write(views, *packed_moves)
         # Lists first, one conversion at the end, instead of NumPy item assignments per sequence.
         tokens: list[int] = []
         positions: list[int] = []
@@ -249,7 +272,6 @@ class Runner:
             return (), None
         program = self.programs.prompt_logprobs(bucket)
         return tuple(wanted), program(self._params, hidden, targets)
-
 
     def _wants_prompt_logprobs(self, sequence: Sequence) -> bool:
         request, sample = self._lookup(sequence)

@@ -20,6 +20,7 @@ from absl import logging
 from aqua_jax import loading
 from aqua_jax.config import EngineConfig
 from aqua_jax.engine.buckets import BucketTable
+from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.runner import Runner
@@ -51,6 +52,7 @@ class Parts:
     pool: PagePool
     scheduler: Scheduler
     runner: Runner
+    pager: Pager | None  # None: pages never move
     implementations: dict[str, str]  # op -> implementation in use
     timings: dict[str, float]  # seconds by phase
 
@@ -139,7 +141,7 @@ def build(
     }
     return Parts(
         model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, pool,
-        scheduler, runner, implementations, timings,
+        scheduler, runner, None, implementations, timings,
     )
 
 

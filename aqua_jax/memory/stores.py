@@ -100,6 +100,10 @@ class Store(Protocol):
     def address(self, slot: StoreSlot) -> int:
         """Where the slot starts in this process."""
 
+    @property
+    def base(self) -> int:
+        """Where slot 0 starts in this process; the others follow without gaps."""
+
 
 class _Slots:
     """Slots of one size over a range: the bookkeeping that stores share."""
@@ -146,7 +150,9 @@ class _Slots:
         """Slots that the owner of the memory wants back now."""
         return 0
 
-    def _base(self) -> int:
+    @property
+    def base(self) -> int:
+        """Where slot 0 starts in this process; the others follow without gaps."""
         raise StaleHandleError(f"store {self.name} has no memory")
 
     def allocate(self, count: int) -> list[StoreSlot] | None:
@@ -236,7 +242,7 @@ class _Slots:
 
     def address(self, slot: StoreSlot) -> int:
         """Where the slot starts in this process."""
-        return self._base() + self.offset(slot)
+        return self.base + self.offset(slot)
 
     def live(self) -> list[StoreSlot]:
         """Every slot in use, lowest first."""
@@ -269,7 +275,9 @@ class HostStore(_Slots):
         super().__init__(name, size, slot_bytes, page_tokens)
         self.arena = Arena.anonymous(size, huge_pages=huge_pages)
 
-    def _base(self) -> int:
+    @property
+    def base(self) -> int:
+        """Where slot 0 starts in this process; the others follow without gaps."""
         return self.arena.address
 
     def close(self) -> None:
@@ -324,7 +332,9 @@ class PeerStore(_Slots):
         if start < end and not self.lease.closed:
             self.lease.give_back(start, end - start)
 
-    def _base(self) -> int:
+    @property
+    def base(self) -> int:
+        """Where slot 0 starts in this process; the others follow without gaps."""
         return self.lease.address
 
     @property

@@ -124,6 +124,7 @@ def test_flags_set_every_field():
         "--kv_cache_memory=1.5GiB", "--kv_cache_tokens=4096", "--page_tokens=32",
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
         "--noprefix_caching", "--policy=fair", "--slice_steps=9", "--tbt_slo_ms=5",
+        "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
         "--attention=reference", "--matmul=xla",
         "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
         "--max_new_tokens=9", "--n=2", "--stop=a", "--stop=b", "--stop_token_ids=4", "--top_k=3",
@@ -136,6 +137,7 @@ def test_flags_set_every_field():
     ]
     assert changed == []
     assert config.kv_cache_memory == 3 << 29 and config.compile_cache_dir == ""
+    assert config.host_kv_memory == 0 and config.peer_kv_memory == 1 << 30
     params = common.sampling_params(flags)
     assert params.stop == ("a", "b") and params.stop_token_ids == (4,)
     assert (params.n, params.seed, params.logprobs, params.max_tokens) == (2, 8, 0, 9)

@@ -1,0 +1,311 @@
+"""Carries out the page moves of plans: batches for the copy queue, tickets, reports to the planner.
+
+The planner says which tokens of which page go where; `batch` makes of that what the head of the
+step's program takes, `poll` asks the copy queue by ticket and reports each move that has ended.
+Nothing here waits for a copy, except where nothing else is left to do (`wait`), and where memory is
+about to go away (`settle`, `reset`, `close`; each keeps the order that rule 6 of `ops.moves` asks
+for: steps, then the pool, then segments, then the stores' memory).
+
+A store whose lender is gone stays mapped until nobody holds a slot of it. From when that is noticed
+no move touches it: those on their way fail one by one, and the planner recomputes.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from aqua_jax.errors import StaleHandleError
+from aqua_jax.memory.stores import HostStore, PeerStore
+from aqua_jax.ops import moves as copy_queue
+from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
+from aqua_jax.paging.moves import Move, Store, StoreSlot
+
+OwnedStore = HostStore | PeerStore
+Copy = Callable[[Store, StoreSlot, Store, StoreSlot], None]
+
+# Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
+_NAP_S = 100e-6
+_NANO = 1e-9
+
+
+class Planner(Protocol):
+    """What the pager needs of the planning side (`paging.residency.Residency`)."""
+
+    @property
+    def outstanding(self) -> int:
+        """Moves that have not ended, planned or still to be."""
+
+    def finished(self, move: Move, ok: bool, checksum: int | None) -> None:
+        """A planned move has ended; `checksum` of what was copied out, if asked for."""
+
+    def respond(self, copy: Copy) -> None:
+        """Gives back what lenders want, moving pages from store to store with `copy`."""
+
+    def abandon(self) -> None:
+        """The pool's content is lost and no copy is under way: every move has ended."""
+
+
+@dataclasses.dataclass
+class _Tier:
+    """A store and its memory as the copy queue knows it."""
+
+    store: OwnedStore
+    segment: Segment
+    closed: bool = False
+
+
+def _segment(store: OwnedStore) -> Segment:
+    # By address: a view that a segment kept alive would keep lent memory mapped after its store is
+    # closed. Segments are retired before that.
+    memory = (ctypes.c_uint8 * (store.capacity * store.slot_bytes)).from_address(store.base)
+    return Segment(memory)
+
+
+class Pager:
+    """The engine's side of paging. Belongs to the engine's thread, `stats` excepted.
+
+    Attributes:
+      wait_s: seconds in which nothing could run because moves had not ended.
+    """
+
+    def __init__(
+        self, planner: Planner, stores: Sequence[OwnedStore], kv: jax.Array | jax.ShapeDtypeStruct,
+        *, verify: bool = False,
+    ) -> None:
+        """
+        Args:
+          planner: told what has become of each move.
+          stores: where pages go, with slots of a page's bytes; owned, closed by `close`.
+          kv: the pool, [P, L, 2, page_tokens, K, D], or its shape.
+          verify: compute checksums of what is copied out.
+        """
+        self._planner, self._verify = planner, verify
+        self._kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype)
+        self._pool = MovePool.of(self._kv)
+        self._tiers = [_Tier(store, _segment(store)) for store in stores]
+        self._by_store = {id(tier.store): tier for tier in self._tiers}
+        self._parts: dict[tuple[int, int], Part] = {}
+        # Moves handed to a step, and their tickets in the same order.
+        self._tickets = np.zeros(0, np.uint64)
+        self._under_way: list[Move] = []
+        self._refused: list[tuple[Move, str]] = []  # never handed over; reported by `poll`
+        self._before = copy_queue.counters()
+        self._failed: collections.Counter[str] = collections.Counter()
+        self._bytes_out = self._bytes_in = 0
+        self.wait_s = 0.0
+
+    @property
+    def outstanding(self) -> int:
+        """Moves taken by `batch` whose end has not been reported."""
+        return len(self._under_way) + len(self._refused)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether moves are to be seen through, be it in steps to come."""
+        return self._planner.outstanding > 0
+
+    # A step's moves.
+
+    def batch(self, planned: Sequence[Move]) -> tuple[np.ndarray, np.ndarray]:
+        """The moves of one step, for its vector; the step must be dispatched with them.
+
+        Moves whose store has gone since they were planned are left out and reported as failed.
+
+        Returns:
+          i32[n, MOVE_WORDS] with n <= len(planned), and their head i32[3].
+        """
+        # One call per kind of move, for the queue checks and fills whole arrays. Most moves of a
+        # plan are whole pages in one direction.
+        groups: dict[tuple[int, bool, int, int, bool], list[Move]] = {}
+        for move in planned:
+            compared = move.checksum is not None
+            key = (id(move.store), move.inward, move.start, move.count, compared)
+            groups.setdefault(key, []).append(move)
+        batch = MoveBatch(len(planned), self._pool)
+        tickets = [self._tickets]
+        for (store, inward, start, count, compared), group in groups.items():
+            tier, part = self._by_store[store], self._part(start, count)
+            # Neighbours at both ends are copied as one: slots are handed out in order.
+            group.sort(key=lambda move: move.slot.id)
+            good, offsets = self._offsets(tier, group)
+            if not good:
+                continue
+            pages = [move.page.id for move in good]
+            if inward:
+                sums = np.array([move.checksum or 0 for move in good], np.uint64)
+                tickets.append(batch.copy_in(
+                    pages, tier.segment, offsets, part=part, checksums=sums if compared else None
+                ))
+            else:
+                tickets.append(batch.copy_out(
+                    pages, tier.segment, offsets, part=part, checksum=self._verify
+                ))
+            self._under_way += good
+        self._tickets = np.concatenate(tickets)
+        return batch.moves()[: batch.count], batch.head()
+
+    def _part(self, start: int, count: int) -> Part:
+        part = self._parts.get((start, count))
+        if part is None:
+            part = self._parts[start, count] = Part.of_tokens(self._kv, start, count)
+        return part
+
+    def _offsets(self, tier: _Tier, group: list[Move]) -> tuple[list[Move], list[int]]:
+        """The moves of a group that can be made, and where their slots are."""
+        good: list[Move] = []
+        offsets: list[int] = []
+        for move in group:
+            try:
+                tier.segment.check()
+                offsets.append(tier.store.offset(move.slot))  # type: ignore[arg-type]
+            except StaleHandleError:
+                self._refused.append((move, Status.SEGMENT_STALE.name))
+            else:
+                good.append(move)
+        return good, offsets
+
+    # Between steps.
+
+    def poll(self) -> int:
+        """Reports the moves that have ended since the last call; how many. Never waits for a copy.
+
+        Only when a lender has just been found dead it waits for the one that has begun.
+        """
+        self._leave_lost_stores()
+        ended = len(self._refused)
+        if ended:
+            refused, self._refused = self._refused, []
+            for move, why in refused:
+                self._report(move, why, None)
+        if not self._under_way:
+            return ended
+        statuses, checksums = copy_queue.poll(self._tickets)
+        over = np.flatnonzero(statuses != Status.PENDING).tolist()
+        if not over:
+            return ended
+        left = np.flatnonzero(statuses == Status.PENDING)
+        moves = self._under_way
+        self._tickets = self._tickets[left]
+        self._under_way = [moves[index] for index in left.tolist()]
+        for index in over:
+            status = Status(statuses[index])
+            self._report(moves[index], status.name, int(checksums[index]))
+        return ended + len(over)
+
+    def _report(self, move: Move, status: str, checksum: int | None) -> None:
+        store = move.store
+        ok = status == Status.DONE.name
+        if ok and (store.lost or (move.inward and not store.holds(move.slot))):
+            # What was copied may not be what the slot held: its owner had it back meanwhile.
+            ok, status = False, "STORE_LOST" if store.lost else "SLOT_STALE"
+        if ok:
+            part = self._part(move.start, move.count)
+            if move.inward:
+                self._bytes_in += part.bytes * part.runs
+            else:
+                self._bytes_out += part.bytes * part.runs
+        else:
+            self._failed[status] += 1
+        wanted = ok and self._verify and not move.inward
+        self._planner.finished(move, ok, checksum if wanted else None)
+
+    def _leave_lost_stores(self) -> None:
+        for tier in self._tiers:
+            if tier.closed or not tier.store.lost:
+                continue
+            if tier.segment.live:
+                tier.segment.retire(abandon=True)
+            if tier.store.in_use == 0:
+                tier.closed = True
+                tier.store.close()
+
+    def wait(self, timeout_s: float) -> int:
+        """Waits until some move has ended, at most `timeout_s`; reports and counts as `poll`.
+
+        For when nothing can run before that; the time counts as `wait_s`. Moves of a step that has
+        not run its head can't end: wait for the step first.
+        """
+        started = time.perf_counter()
+        ended = self.poll()
+        while not ended and self.outstanding and time.perf_counter() - started < timeout_s:
+            time.sleep(_NAP_S)
+            ended = self.poll()
+        self.wait_s += time.perf_counter() - started
+        return ended
+
+    def respond(self) -> None:
+        """Gives back what lenders want; cheap when they want nothing."""
+        self._planner.respond(_copy_slot)
+
+    # Ends. Every dispatched step has run, or failed, before these.
+
+    def settle(self) -> None:
+        """The pool's end: waits for copies, ends every move for the planner. `close` follows."""
+        self._drop_moves()
+        self._planner.abandon()
+
+    def reset(self) -> None:
+        """A failed step took the pool: waits for copies and is ready for a new one.
+
+        Nothing is reported: the planner is told what a failed step means (`Scheduler.reset`).
+        """
+        self._drop_moves()
+        self._pool = MovePool.of(self._kv)
+
+    def close(self) -> None:
+        """Waits for copies, lets go of all memory and gives back what was borrowed. Repeatable."""
+        self._drop_moves()
+        for tier in self._tiers:
+            if tier.segment.live:
+                tier.segment.retire()
+            if not tier.closed:
+                tier.closed = True
+                tier.store.close()
+
+    def _drop_moves(self) -> None:
+        if self._pool.live:
+            self._pool.close()
+        self._tickets, self._under_way, self._refused = self._tickets[:0], [], []
+
+    # Figures.
+
+    def stats(self) -> dict[str, Any]:
+        """Stores, bytes moved, failures by status, seconds waited and copied.
+
+        `copy_busy_s` and `copy_cpu_s` are the process's: engines share the queue.
+        """
+        now, before = copy_queue.counters(), self._before
+        return {
+            "stores": [
+                {
+                    "name": store.name, "slot_bytes": store.slot_bytes, "capacity": store.capacity,
+                    "in_use": store.in_use, "free": store.free_slots, "lost": store.lost,
+                }
+                for store in (tier.store for tier in self._tiers)
+            ],
+            "bytes_out": self._bytes_out,
+            "bytes_in": self._bytes_in,
+            "moves_failed": dict(self._failed),
+            "outstanding": self.outstanding,
+            "wait_s": self.wait_s,
+            "copy_busy_s": (now.busy_ns - before.busy_ns) * _NANO,
+            "copy_cpu_s": (now.cpu_ns - before.cpu_ns) * _NANO,
+        }
+
+
+def _copy_slot(source: Store, slot: StoreSlot, target: Store, place: StoreSlot) -> None:
+    """Copies a slot to another store's; nothing if either is gone, which `holds` will tell."""
+    try:
+        start = source.address(slot)  # type: ignore[attr-defined]
+        end = target.address(place)  # type: ignore[attr-defined]
+    except StaleHandleError:
+        return
+    ctypes.memmove(end, start, source.slot_bytes)
