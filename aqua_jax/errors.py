@@ -73,9 +73,29 @@ class StoreError(AquaError):
     """Misuse of memory off the device: double free, unknown range, overlap."""
 
 
+class StoreFullError(StoreError):
+    """No tier that the policy allows has room, and there is nothing sensible to go on with."""
+
+
+class ContentLostError(StoreError):
+    """What was offloaded is gone: its lender died or wanted the memory, and no copy was kept."""
+
+
 class ProtocolError(FieldError):
     """A message from another process that cannot be understood, or asks for what isn't its own."""
 
 
 class LenderError(AquaError):
     """A lender of memory cannot be reached, doesn't answer, or refuses to talk to us."""
+
+
+class SimulationError(AquaError):
+    """A simulated run came to a state from which nothing could ever happen."""
+
+
+class LedgerError(FieldError):
+    """The ledger refuses: an unknown id, somebody else's, an over-free, a size that can't be."""
+
+
+class CoordinatorError(AquaError):
+    """The coordinator cannot be reached, doesn't answer, or refuses to talk to us."""

@@ -67,6 +67,27 @@ COMMANDS = (
         ),
     ),
     Command(
+        "simulate", "aqua_jax.cli.simulate", "compare policies on machines we don't have",
+        "Runs the scheduler that serves under a virtual clock: a load, several policies, a machine "
+        "given by its data sheet (every figure is modelled) or fitted to a recorded run.",
+        (
+            "aqua-jax simulate --machine=h100-nvlink --model=34b --policies=fcfs,fair@host,fair "
+            "--request_rate=4,8,12",
+            "aqua-jax simulate --machine=profile.json --workload=burst --policies=fcfs,fair "
+            "--plots=DIR",
+        ),
+    ),
+    Command(
+        "serve", "aqua_jax.cli.serve", "answer requests over HTTP, in OpenAI's dialect",
+        "Serves a model over HTTP: /v1/completions, /v1/chat/completions and /v1/models as OpenAI "
+        "has them, /health, /metrics for Prometheus. SIGTERM or Ctrl-C lets live requests end. "
+        "Needs the extra serve: pip install 'aqua-jax[serve]'.",
+        (
+            "aqua-jax serve --model=demo",
+            "aqua-jax serve --model=DIR --host=0.0.0.0 --port=8080 --api_key_file=keys.txt",
+        ),
+    ),
+    Command(
         "lend", "aqua_jax.cli.lend", "lend memory to other processes",
         "Lends memory of this process to engines of the same user. Ctrl-C (or SIGTERM) asks for "
         "it back and waits until it has come. One line on standard error tells every change.",

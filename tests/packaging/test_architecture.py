@@ -19,9 +19,13 @@ PACKAGES = {"aqua_jax": ROOT / "aqua_jax", "aqua_jax.models": ROOT / "models"}
 
 # What each room may import besides itself and the plain data in BASE. Arrows point down.
 ARROWS = {
-    "cli": {"batch", "bench", "llm", "engine", "loading", "memory", "coordinator"},
+    "cli": {
+        "batch", "bench", "simulation", "llm", "engine", "loading", "models", "memory",
+        "coordinator",
+    },
     "batch": {"llm", "engine", "loading"},
     "bench": {"llm", "engine", "loading"},
+    "simulation": {"scheduling", "paging", "bench"},
     "llm": {"engine", "loading"},
     "engine": {"scheduling", "paging", "memory", "loading", "models", "ops"},
     "scheduling": {"paging"},
@@ -36,7 +40,10 @@ BASE = {
     "aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts", "aqua_jax.progress",
     "aqua_jax.models.config",
 }
-HOST_ONLY = ("aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory", "aqua_jax.coordinator")
+HOST_ONLY = (
+    "aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory", "aqua_jax.coordinator",
+    "aqua_jax.simulation",
+)
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}

@@ -1,0 +1,243 @@
+"""`aqua-jax simulate`: the scheduler that serves, on machines we don't have."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aqua_jax.bench.traces import TraceRequest
+    from aqua_jax.models.config import ModelConfig
+    from aqua_jax.simulation.machines import System
+
+# As in `aqua_jax.bench.traces`, `simulation.loads`; help imports neither.
+TRACE_FORMATS = ("auto", "azure", "mooncake", "jsonl")
+WORKLOADS = ("burst", "poisson", "gamma", "trace")
+LENGTHS = ("fixed", "sharegpt", "trace")
+
+
+def define(flags: FlagSet) -> None:
+    """Defines the command's flags."""
+    with flags.group("Machine and model"):
+        flags.string(
+            "machine", "h100-nvlink", "a100-40x2-nvlink, a100-40x2-pcie, a100-80-nvlink, "
+            "a100-80-pcie, h100-nvlink, h100-pcie (from data sheets: every figure is modelled), or "
+            "a JSON file: of the same kind, or what `aqua-jax profile --engine` wrote.", "NAME",
+        )
+        flags.string(
+            "model", "34b", "7b, 34b, 70b (Llama 2, CodeLlama) or a Hugging Face directory; not "
+            "used with a profile, which has its own.", "NAME",
+        )
+        flags.integer("page_tokens", 16, "Tokens of one page; not used with a profile.", 1, 1024)
+        flags.integer("kv_cache_tokens", None, "A pool of so many tokens instead.", 1)
+        flags.string(
+            "link_gb_s", None, "Bytes per second of every link, in 1e9, instead of the machine's; "
+            "several are simulated one after another.", "X,X,...",
+        )
+    with flags.group("Load"):
+        flags.choice(
+            "workload", "poisson", WORKLOADS, "All at once; at random with exponential or gamma "
+            "gaps; as recorded in --trace.",
+        )
+        flags.choice(
+            "lengths", "sharegpt", LENGTHS, "--prompt_tokens and --output_tokens; lognormal like "
+            "ShareGPT's; drawn from --trace.",
+        )
+        flags.integer("num_requests", 200, "Requests; of a recorded trace the first so many.", 1)
+        flags.integer("prompt_tokens", 256, "Tokens of each prompt, with --lengths=fixed.", 1)
+        flags.integer("output_tokens", 256, "Tokens generated for each.", 1)
+        flags.string(
+            "request_rate", None, "Requests a second of poisson and gamma (default: 1); several "
+            "are simulated one after another.", "X,X,...",
+        )
+        flags.number("burstiness", 1.0, "Shape of gamma gaps: below 1 bunched.", 1e-3, 1e3)
+        flags.integer("num_users", 1, "Users the requests are dealt to in turn.", 1)
+        flags.string("trace", None, "As for `aqua-jax bench`.", "FILE")
+        flags.choice("trace_format", "auto", TRACE_FORMATS, "Format of --trace.")
+        flags.number("rate", 1.0, "A recorded trace comes so many times faster.", 1e-6, 1e6)
+        flags.integer("seed", 0, "Of lengths and times.", 0)
+    with flags.group("Scheduling"):
+        flags.string(
+            "policies", "fcfs,fair", "What is compared: POLICY[@STORE[+STORE]][/STEPS] with "
+            "commas. POLICY: fcfs, fair, priority; vllm (fcfs that leaves no room to grow), vtc, "
+            "aqua_reference. STORE: a store of the machine, or none; default: all for fair, "
+            "priority and aqua_reference, none for the others. STEPS: of a slice.", "NAMES",
+        )
+        flags.string(
+            "slices", None, "Every policy with slices once for each of these numbers of steps; 0: "
+            "no slices.", "N,N,...",
+        )
+        flags.integer("max_num_seqs", 256, "Most sequences in one step.", 1)
+        flags.integer("max_step_tokens", 2048, "Most tokens in one step.", 1)
+        flags.integer("max_model_len", 16384, "Longest prompt and answer; longer ones are cut.", 2)
+        flags.number("tbt_slo_ms", 0.0, "As for `aqua-jax bench`.", 0.0, 1e6)
+    with flags.group("Output"):
+        flags.number("goodput_ttft_ms", 1000.0, "As for `aqua-jax bench`.", 0.0, 1e9)
+        flags.number("goodput_tbt_ms", 100.0, "As for `aqua-jax bench`.", 0.0, 1e9)
+        flags.string(
+            "plots", None, "Draw into this folder, with the numbers as JSON. Needs matplotlib.",
+            "DIR",
+        )
+        flags.switch("json", False, "Print one line of JSON instead of tables.")
+
+
+def run(flags: FlagSet) -> int:
+    """Simulates and prints.
+
+    Returns:
+      0.
+    """
+    try:
+        return _run(flags)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+def _run(flags: FlagSet) -> int:
+    from aqua_jax.bench import plots
+    from aqua_jax.simulation import plots as sweeps
+    from aqua_jax.simulation import report, setups
+
+    folder = None
+    if flags.plots is not None:
+        plots.require_matplotlib()
+        folder = plots.prepare_folder(flags.plots)
+    system = _system(flags)
+    contestants = setups.expand(flags.policies.split(","), _integers(flags, "slices"))
+    limits = setups.Limits(
+        flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len, flags.tbt_slo_ms / 1e3
+    )
+    points: dict[str, dict[str, dict[str, float]]] = {}
+    outcomes: dict[str, Any] = {}
+    load = _load(flags, min(limits.max_model_len, system.num_pages * system.page_tokens))
+    links: list[float | None] = [*_numbers(flags, "link_gb_s")] or [None]
+    for rate in _numbers(flags, "request_rate") or [1.0]:
+        requests = load(rate)
+        for link in links:
+            here = system if link is None else system.with_rate(link * 1e9)
+            name = _point(flags, rate, link)
+            points[name], outcomes = report.compare(
+                contestants, here, limits, requests, flags.goodput_ttft_ms / 1e3,
+                flags.goodput_tbt_ms / 1e3,
+            )
+            print(f"simulated: {name}", file=sys.stderr)
+    title = (
+        f"{system.name}, {flags.model if system.figures == 'modelled' else 'the recorded model'}, "
+        f"pool of {system.num_pages} pages of {system.page_tokens} tokens, {flags.num_requests} "
+        f"requests; {system.figures} figures"
+    )
+    if folder is not None:
+        if len(points) == 1:
+            runs = {name: outcome.run for name, outcome in outcomes.items()}
+            files = plots.save_plots(runs, folder, title)
+        else:
+            files = [sweeps.save_sweep(points, folder, title)]
+        print(*files, sep="\n", file=sys.stderr)
+    if flags.json:
+        print(json.dumps(
+            {"title": title, "figures": system.figures, "machine": flags.machine,
+             "model": flags.model, "num_pages": system.num_pages, "points": points},
+            allow_nan=False,
+        ), flush=True)
+    elif len(points) == 1:
+        print(report.table(next(iter(points.values())), title), flush=True)
+    else:
+        print(report.sweep_table(points, title), flush=True)
+    return 0
+
+
+def _point(flags: FlagSet, rate: float, link: float | None) -> str:
+    parts = [f"{rate:g}/s"] if flags.workload in ("poisson", "gamma") else [flags.workload]
+    return ", ".join(parts + ([] if link is None else [f"{link:g} GB/s"]))
+
+
+def _system(flags: FlagSet) -> System:
+    from aqua_jax.simulation import machines
+
+    model = None if machines.is_fitted(flags.machine) else _model(flags.model)
+    system = machines.build_system(flags.machine, model, flags.page_tokens)
+    if flags.kv_cache_tokens is not None:
+        pages = flags.kv_cache_tokens // system.page_tokens
+        if pages < 1:
+            raise UsageError(f"flag --kv_cache_tokens={flags.kv_cache_tokens}: less than a page")
+        system = dataclasses.replace(system, num_pages=pages)
+    return system
+
+
+def _model(name: str) -> ModelConfig:
+    from aqua_jax.simulation.models import model_named
+
+    if not os.path.isdir(name):
+        return model_named(name)
+    from aqua_jax.models.huggingface import config_from_hf
+
+    try:
+        with open(os.path.join(name, "config.json"), encoding="utf-8") as file:
+            return config_from_hf(json.load(file))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"flag --model={name}: {error}") from None
+
+
+def _integers(flags: FlagSet, name: str) -> list[int]:
+    text = getattr(flags, name)
+    if text is None:
+        return []
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"flag --{name}={text}: allowed: integers >= 0 with commas")
+    return [int(part) for part in parts]
+
+
+def _numbers(flags: FlagSet, name: str) -> list[float]:
+    text = getattr(flags, name)
+    if text is None:
+        return []
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0.0 < value < math.inf for value in values):
+        raise UsageError(f"flag --{name}={text}: allowed: numbers > 0 with commas")
+    return values
+
+
+def _load(flags: FlagSet, longest: int) -> Callable[[float], list[TraceRequest]]:
+    """From a request rate to requests."""
+    from aqua_jax.bench import traces
+    from aqua_jax.simulation import loads
+
+    wants_trace = flags.workload == "trace" or flags.lengths == "trace"
+    if wants_trace != (flags.trace is not None):
+        raise UsageError("flag --trace=FILE goes with --workload=trace or --lengths=trace")
+    if flags.workload == "trace":
+        if flags.request_rate:
+            raise UsageError("flag --request_rate: a recorded trace has --rate")
+        recorded = traces.read_trace(
+            flags.trace, flags.trace_format, rate=flags.rate, limit=flags.num_requests
+        )
+        requests, _ = traces.fit(recorded, longest)
+        return lambda rate: requests
+    if flags.lengths == "trace":
+        known = traces.read_trace(flags.trace, flags.trace_format)
+        lengths = loads.draw_lengths(known, flags.num_requests, flags.seed)
+    elif flags.lengths == "sharegpt":
+        lengths = loads.sharegpt_like(flags.num_requests, flags.seed)
+    else:
+        lengths = [(flags.prompt_tokens, flags.output_tokens)] * flags.num_requests
+
+    def load(rate: float) -> list[TraceRequest]:
+        timed = loads.timed(
+            lengths, flags.workload, rate, flags.burstiness, flags.num_users, flags.seed
+        )
+        return traces.fit(timed, longest)[0]
+
+    return load

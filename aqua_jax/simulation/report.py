@@ -1,0 +1,93 @@
+"""Figures of simulated runs, in the words of `bench`, and what moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from aqua_jax.bench.service import gaps, run_metrics
+from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.simulation.machines import System
+from aqua_jax.simulation.setups import Limits, Setup, build
+from aqua_jax.simulation.simulator import Outcome, Simulator
+
+
+def simulate(
+    setup: Setup, system: System, limits: Limits, requests: Sequence[TraceRequest]
+) -> Outcome:
+    """One contestant over one load."""
+    scheduler, queue = build(setup, system, limits)
+    return Simulator(scheduler, system.cost, requests, queue=queue, host_s=system.host_s).run()
+
+
+def figures(outcome: Outcome, ttft_slo_s: float = 1.0, tbt_slo_s: float = 0.1) -> dict[str, float]:
+    """`run_metrics`, and worst_gap_s (the longest pause of any request), worst_gap_p50_s, steps,
+    tokens computed, of them recomputed, preemptions, switches, bytes moved, how busy device and
+    links were."""
+    counters = outcome.counters
+    metrics = run_metrics(outcome.run, ttft_slo_s=ttft_slo_s, tbt_slo_s=tbt_slo_s)
+    worst = sorted(max(gaps(one), default=0.0) for one in outcome.run.served)
+    return {
+        **metrics, "worst_gap_s": worst[-1], "worst_gap_p50_s": worst[len(worst) // 2],
+        "steps": outcome.steps, "computed_tokens": counters.tokens,
+        "recomputed_tokens": counters.recomputed_tokens, "preemptions": counters.preemptions,
+        "switches": counters.switches, "bytes_out": outcome.bytes_out,
+        "bytes_in": outcome.bytes_in, "link_s": outcome.link_s,
+        "device_share": outcome.device_s / max(outcome.end_s, 1e-9),
+    }
+
+
+def compare(
+    setups: Sequence[Setup], system: System, limits: Limits, requests: Sequence[TraceRequest],
+    ttft_slo_s: float = 1.0, tbt_slo_s: float = 0.1,
+) -> tuple[dict[str, dict[str, float]], dict[str, Outcome]]:
+    """Every contestant over one load: (figures by name, outcomes by name)."""
+    shown: dict[str, dict[str, float]] = {}
+    outcomes: dict[str, Outcome] = {}
+    for setup in setups:
+        outcomes[setup.name] = simulate(setup, system, limits, requests)
+        shown[setup.name] = figures(outcomes[setup.name], ttft_slo_s, tbt_slo_s)
+    return shown, outcomes
+
+
+_ROWS: tuple[tuple[str, str, float], ...] = (
+    ("ttft_p50_s", "TTFT p50 s", 1), ("ttft_p99_s", "TTFT p99 s", 1),
+    ("tbt_p50_ms", "between tokens p50 ms", 1), ("tbt_p99_ms", "between tokens p99 ms", 1),
+    ("worst_gap_p50_s", "longest gap, median s", 1), ("worst_gap_s", "longest gap s", 1),
+    ("output_tok_s", "output tokens/s", 1), ("goodput_req_s", "goodput requests/s", 1),
+    ("jain_index", "Jain index", 1), ("total_s", "whole run s", 1), ("steps", "steps", 1),
+    ("preemptions", "preemptions", 1), ("switches", "of them switches", 1),
+    ("recomputed_tokens", "recomputed tokens", 1), ("bytes_out", "GB out", 1e9),
+    ("bytes_in", "GB in", 1e9), ("device_share", "device busy", 1),
+)
+
+
+def table(results: dict[str, dict[str, float]], title: str) -> str:
+    """A column per contestant."""
+    width = max(11, *(len(name) + 2 for name in results))
+    lines = [title, " " * 24 + "".join(f"{name:>{width}}" for name in results)]
+    for field, label, unit in _ROWS:
+        if not any(field in one for one in results.values()):
+            continue
+        cells = (one.get(field, math.nan) / unit for one in results.values())
+        lines.append(f"  {label:<22}" + "".join(f"{_digits(cell):>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def sweep_table(points: dict[str, dict[str, dict[str, float]]], title: str) -> str:
+    """A block per figure, a line per point of the sweep, a column per contestant."""
+    names = list(next(iter(points.values())))
+    width = max(11, *(len(name) + 2 for name in names))
+    lines = [title]
+    for field, label, unit in _ROWS:
+        if field not in ("ttft_p50_s", "ttft_p99_s", "worst_gap_s", "output_tok_s", "bytes_in"):
+            continue
+        lines.append(f"  {label:<22}" + "".join(f"{name:>{width}}" for name in names))
+        for point, results in points.items():
+            cells = (results[name][field] / unit for name in names)
+            lines.append(f"  {point:<22}" + "".join(f"{_digits(cell):>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"

@@ -1,0 +1,128 @@
+"""What is compared: a policy, its slices, the stores it may use, under one name.
+
+A name is `POLICY[@STORE[+STORE]][/STEPS]`: `fcfs`, `fair@peer/10`. Without @ a policy uses every
+store of the machine; `@none` takes them away, so that whoever gives way is recomputed. `vllm`,
+`vtc` and `fcfs` have none unless told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from aqua_jax.errors import ConfigError
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.scheduling.fair import Fair, FairConfig
+from aqua_jax.scheduling.limits import SchedulerConfig
+from aqua_jax.scheduling.policies import POLICIES, Policy
+from aqua_jax.scheduling.scheduler import Scheduler
+from aqua_jax.scheduling.slices import SliceConfig
+from aqua_jax.simulation.links import CopyQueue
+from aqua_jax.simulation.machines import System
+from aqua_jax.simulation.simulator import SchedulerLike
+from aqua_jax.simulation.vtc import VirtualTokenCounter
+
+NAMES = (*POLICIES, "vllm", "vtc")
+SLICED = ("fair",)
+_RECOMPUTING = ("fcfs", "vllm", "vtc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One contestant.
+
+    Attributes:
+      name: as it was written.
+      policy: of `NAMES`.
+      slice_steps: decode steps of a slice; None: the policy's default; 0: none.
+      stores: names; None: the policy's default.
+    """
+
+    name: str
+    policy: str
+    slice_steps: int | None = None
+    stores: tuple[str, ...] | None = None
+
+
+def parse_setup(text: str) -> Setup:
+    """Reads a name.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    rest, slash, steps = text.partition("/")
+    policy, at, stores = rest.partition("@")
+    if policy not in NAMES:
+        raise ConfigError("policies", text, "POLICY[@STORE][/STEPS], POLICY of " + ", ".join(NAMES))
+    if slash and (policy not in SLICED or not steps.isdecimal()):
+        raise ConfigError("policies", text, f"/STEPS, an integer, after {', '.join(SLICED)} only")
+    wanted = () if stores == "none" else tuple(stores.split("+"))
+    return Setup(text, policy, int(steps) if slash else None, wanted if at else None)
+
+
+def expand(names: Sequence[str], slices: Sequence[int]) -> list[Setup]:
+    """Setups of these names; those with slices and no number of steps once for each of `slices`.
+
+    Raises:
+      ConfigError: a name is none, or there twice.
+    """
+    found: list[Setup] = []
+    for name in names:
+        one = parse_setup(name.strip())
+        if slices and one.policy in SLICED and one.slice_steps is None:
+            found += [parse_setup(f"{one.name}/{steps}") for steps in slices]
+        else:
+            found.append(one)
+    if len({one.name for one in found}) < len(found):
+        raise ConfigError("policies", ",".join(names), "each once")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of every contestant alike.
+
+    Attributes:
+      max_num_seqs, max_step_tokens, max_model_len: of `SchedulerConfig`.
+      tbt_slo_s: of `SliceConfig`.
+    """
+
+    max_num_seqs: int = 256
+    max_step_tokens: int = 2048
+    max_model_len: int = 4096
+    tbt_slo_s: float = 0.0
+
+
+def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, CopyQueue]:
+    """A fresh scheduler and the copy queue that carries its moves.
+
+    Raises:
+      ConfigError: the machine has no such store, or a limit is out of range.
+    """
+    stores = setup.stores
+    if stores is None and setup.policy in _RECOMPUTING:
+        stores = ()
+    system = system if stores is None else system.with_links(stores)
+    pool = PagePool(system.num_pages, system.page_tokens)
+    growth = {"growth_tokens": 0} if setup.policy == "vllm" else {}
+    config = SchedulerConfig(
+        limits.max_num_seqs, limits.max_step_tokens,
+        min(limits.max_model_len, system.num_pages * system.page_tokens), **growth,
+    )
+    scheduler = Scheduler(config, make_policy(setup, limits), pool)
+    return scheduler, CopyQueue(system.links, system.page_tokens)
+
+
+def make_policy(setup: Setup, limits: Limits) -> Policy:
+    """The policy of a setup."""
+    makers: dict[str, Callable[[], Policy]] = {
+        **POLICIES, "vllm": POLICIES["fcfs"], "vtc": VirtualTokenCounter,
+    }
+    if setup.policy != "fair":
+        return makers[setup.policy]()
+    steps: float | None = setup.slice_steps
+    slices = SliceConfig(
+        slice_steps="auto" if steps is None else steps or math.inf, tbt_slo_s=limits.tbt_slo_s
+    )
+    return Fair(FairConfig(slices=slices))

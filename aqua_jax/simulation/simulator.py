@@ -1,0 +1,244 @@
+"""The engine's loop under a virtual clock.
+
+What `Engine.step` does, with a device that only takes time: plan, dispatch, and then, one step
+behind, wait for the oldest step's tokens. Steps run one after another; the host's work hides
+behind them unless it takes longer. Moves begin with their step and end when their link has carried
+them; the first plan after that knows. Everything is a function of the requests, the machine and
+the policy: there is no randomness and no real time.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence as Sequence_
+from typing import Any, Protocol
+
+from aqua_jax.bench.open_loop import SAMPLE_EVERY_S, Run, Sample, Served
+from aqua_jax.bench.traces import MOONCAKE_BLOCK, TraceRequest
+from aqua_jax.errors import SimulationError
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.scheduling.limits import SchedulerCounters
+from aqua_jax.scheduling.plan import Plan
+from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.simulation.cost import StepCost
+from aqua_jax.simulation.links import CopyQueue
+from aqua_jax.simulation.work import work_of
+
+RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for, as in the engine
+_OWN = 1 << 40  # token ids of a request's own from here on: no two requests share one
+
+
+class SchedulerLike(Protocol):
+    """What the loop needs of a scheduler; `scheduling.Scheduler` is one."""
+
+    pool: PagePool
+    counters: SchedulerCounters
+
+    @property
+    def num_live(self) -> int:
+        """Sequences added and not ended."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence."""
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step."""
+
+    def accept(self, sequence: Sequence, token: int) -> None:
+        """Takes a token."""
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence."""
+
+
+class Observer(Protocol):
+    """Sees what happens, for recordings and tests."""
+
+    def planned(self, plan: Plan, now: float, begin: float, end: float) -> None:
+        """A plan was made; its step will run from begin to end."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a simulated run came to.
+
+    Attributes:
+      run: every request, and samples of the engine, as a real run has them.
+      counters: the scheduler's.
+      steps: that ran.
+      device_s: time in steps.
+      end_s: when the last token came.
+      bytes_out, bytes_in: moved from the pool to stores, and back.
+      link_s: time that links were busy.
+      wait_s: time that steps waited for moves (only under schedulers that make them wait).
+    """
+
+    run: Run
+    counters: SchedulerCounters
+    steps: int
+    device_s: float
+    end_s: float
+    bytes_out: int
+    bytes_in: int
+    link_s: float
+    wait_s: float
+
+
+def prompt_of(request: TraceRequest, number: int) -> list[int]:
+    """Token ids that are equal where two requests share blocks of their prompts, and nowhere else.
+
+    They stand for a text, and name no word of any vocabulary.
+    """
+    ids: list[int] = []
+    for block in request.blocks:
+        if len(ids) >= request.prompt:
+            break
+        ids += range(block * MOONCAKE_BLOCK, (block + 1) * MOONCAKE_BLOCK)
+    own = _OWN + (number << 24)
+    ids += range(own, own + max(0, request.prompt - len(ids)))
+    return ids[: request.prompt]
+
+
+class Simulator:
+    """One run of one scheduler over one load."""
+
+    def __init__(
+        self, scheduler: SchedulerLike, cost: StepCost, requests: Sequence_[TraceRequest], *,
+        queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int = RUN_AHEAD,
+        observer: Observer | None = None,
+    ) -> None:
+        """
+        Args:
+          scheduler: fresh.
+          cost: of a step.
+          requests: by arrival.
+          queue: carries the moves; None: the scheduler plans none.
+          host_s: the host's work per step.
+          run_ahead: steps dispatched beyond the one waited for.
+          observer: told about every plan.
+        """
+        self._scheduler = scheduler
+        self._cost = cost
+        self._queue = queue or CopyQueue((), scheduler.pool.page_tokens)
+        self._residency: Any = getattr(scheduler, "residency", None)
+        self._steps_wait = bool(getattr(scheduler, "steps_wait_for_moves", False))
+        self._host_s = host_s
+        self._run_ahead = run_ahead
+        self._observer = observer
+        self._served = [Served(request, request.arrival_s) for request in requests]
+        self._clock = 0.0
+        self._device_free = 0.0
+        self._device_s = self._wait_s = 0.0
+        self._pending: collections.deque[tuple[Plan, float]] = collections.deque()
+        self._by_sequence: dict[Sequence, Served] = {}
+        self._samples: list[Sample] = []
+        self._sent = self._started = self._finished = self._steps = 0
+        self._tokens = 1 << 60
+
+    def run(self) -> Outcome:
+        """Runs the load to its end.
+
+        Raises:
+          RequestError: a request can never be served.
+          SimulationError: the scheduler has live sequences and nothing that could ever happen.
+        """
+        served, scheduler = self._served, self._scheduler
+        while self._sent < len(served) or scheduler.num_live:
+            self._send_due()
+            if not scheduler.num_live:
+                self._clock = max(self._clock, served[self._sent].due)
+                continue
+            self._step()
+        return Outcome(
+            Run(served, self._samples, scheduler.pool.num_pages), scheduler.counters, self._steps,
+            self._device_s, self._clock, self._queue.bytes_out, self._queue.bytes_in,
+            self._queue.busy_s, self._wait_s,
+        )
+
+    def _send_due(self) -> None:
+        served = self._served
+        while self._sent < len(served) and served[self._sent].due <= self._clock:
+            one = served[self._sent]
+            request = one.request
+            sequence = Sequence(
+                seq_id=self._sent, request_id=str(self._sent),
+                tokens=prompt_of(request, self._sent),
+                max_total_tokens=request.prompt + request.output, arrival=one.due,
+                user=request.user, weight=request.weight,
+            )
+            self._scheduler.add(sequence)
+            self._by_sequence[sequence] = one
+            self._sent += 1
+
+    def _step(self) -> None:
+        now = self._clock
+        for move in self._queue.ended(now):
+            self._report(move)
+        plan = self._scheduler.plan(now)
+        self._clock += self._host_s
+        if plan is not None:
+            self._dispatch(plan, now)
+        if self._pending and (plan is None or len(self._pending) > self._run_ahead):
+            self._take_in(*self._pending.popleft())
+        elif plan is None:
+            self._idle()
+
+    def _dispatch(self, plan: Plan, planned: float) -> None:
+        begin = max(self._clock, self._device_free)
+        self._queue.hand_over(plan.moves, begin)
+        if self._steps_wait and plan.moves:
+            ready = max(begin, self._queue.last_end())
+            self._wait_s += ready - begin
+            begin = ready
+        seconds = self._cost.seconds(work_of(plan, self._scheduler.pool.page_tokens))
+        end = begin + seconds
+        self._device_s += seconds
+        self._device_free = end
+        self._steps += 1
+        self._pending.append((plan, end))
+        if self._observer is not None:
+            self._observer.planned(plan, planned, begin, end)
+
+    def _take_in(self, plan: Plan, end: float) -> None:
+        self._clock = max(self._clock, end)
+        clock, scheduler, token = self._clock, self._scheduler, self._tokens
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if not chunk.sample or sequence.status is Status.FINISHED:
+                continue
+            token += 1
+            scheduler.accept(sequence, token)
+            one = self._by_sequence[sequence]
+            self._started += not one.tokens
+            one.tokens.append(clock)
+            if len(sequence.tokens) >= sequence.max_total_tokens:
+                scheduler.finish(sequence)
+                self._finished += 1
+                del self._by_sequence[sequence]
+                sequence.tokens = []  # a long run keeps only what is still needed
+        self._tokens = token
+        ended = self._finished == len(self._served)
+        if not self._samples or clock - self._samples[-1].time_s >= SAMPLE_EVERY_S or ended:
+            self._samples.append(Sample(
+                clock, self._sent - self._started, self._sent - self._finished,
+                scheduler.pool.in_use,
+            ))
+
+    def _idle(self) -> None:
+        """Nothing can run: the next thing that happens is a move's end or an arrival."""
+        due = math.inf
+        if self._sent < len(self._served):
+            due = self._served[self._sent].due
+        happens = min(self._queue.next_end(), due)
+        if happens == math.inf:
+            raise SimulationError(
+                f"{self._scheduler.num_live} sequences are live at {self._clock:.6g} s and nothing "
+                "can run or happen"
+            )
+        self._clock = max(self._clock, happens)
+
+    def _report(self, move: Any) -> None:
+        if self._residency is not None:
+            self._residency.finished(move, True, None)

@@ -1,0 +1,91 @@
+"""`aqua-jax simulate` from flags to tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.simulate import define, run
+from aqua_jax.errors import ConfigError
+from aqua_jax.simulation.setups import Setup, expand, parse_setup
+
+
+def simulate(*arguments: str) -> int:
+    flags = FlagSet()
+    define(flags)
+    flags.parse(["--num_requests=30", *arguments])
+    return run(flags)
+
+
+def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--policies=fcfs,vtc", "--request_rate=9") == 0
+    out = capsys.readouterr().out
+    assert "H100 80 GB, NVLink 4, 34b" in out and "modelled figures" in out
+    assert "TTFT p99 s" in out and "vtc" in out
+
+
+def test_json_of_a_sweep_is_the_same_every_time(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for _ in range(2):
+        simulate(
+            "--policies=fcfs,fair@none", "--slices=5,40", "--request_rate=2,20", "--json",
+            "--machine=a100-80-pcie", "--num_users=3", "--kv_cache_tokens=4100",
+        )
+        shown.append(json.loads(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert shown[0]["figures"] == "modelled" and shown[0]["num_pages"] == 256
+    assert list(shown[0]["points"]) == ["2/s", "20/s"]
+    point = shown[0]["points"]["20/s"]
+    assert list(point) == ["fcfs", "fair@none/5", "fair@none/40"]
+    assert point["fair@none/5"]["preemptions"] > 0
+    tokens = {name: one["tokens"] for name, one in point.items()}
+    assert len(set(tokens.values())) == 1, "every policy serves the same load to its end"
+
+
+def test_recorded_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"arrival_s": i * 0.1, "prompt_tokens": 40, "output_tokens": 5} for i in range(9)]
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    simulate("--workload=trace", f"--trace={trace}", "--policies=fcfs", "--json")
+    assert json.loads(capsys.readouterr().out)["points"]["trace"]["fcfs"]["tokens"] == 45
+    simulate("--lengths=trace", f"--trace={trace}", "--policies=fcfs", "--json")
+    assert json.loads(capsys.readouterr().out)["points"]["1/s"]["fcfs"]["tokens"] == 150
+
+
+def test_pictures(tmp_path: Path) -> None:
+    simulate("--policies=fcfs,vllm", f"--plots={tmp_path / 'one'}")
+    assert (tmp_path / "one" / "cdf.png").stat().st_size > 5000
+    simulate("--policies=fcfs,vllm", f"--plots={tmp_path / 'two'}", "--request_rate=1,9")
+    assert (tmp_path / "two" / "sweep.png").stat().st_size > 5000
+    data = json.loads((tmp_path / "two" / "data.json").read_text())
+    assert set(data["points"]) == {"1/s", "9/s"} and "modelled" in data["title"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--machine=abacus"], "machine"),
+    (["--model=5b"], "34b"),
+    (["--policies=lifo"], "POLICY"),
+    (["--policies=fcfs,fcfs"], "each once"),
+    (["--policies=fcfs/5"], "STEPS"),
+    (["--policies=fair@tape"], "peer, host"),
+    (["--slices=5,x"], "slices"),
+    (["--request_rate=0"], "request_rate"),
+    (["--workload=trace"], "trace"),
+    (["--kv_cache_tokens=9"], "less than a page"),
+])
+def test_wrong_flags_are_named(arguments: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        simulate(*arguments)
+
+
+def test_names_of_contestants() -> None:
+    assert parse_setup("fcfs") == Setup("fcfs", "fcfs")
+    assert parse_setup("fair@peer+host/10").stores == ("peer", "host")
+    assert parse_setup("fair@none") == Setup("fair@none", "fair", None, ())
+    names = [one.name for one in expand(["vtc", "fair", "fair@host/7"], [5, 0])]
+    assert names == ["vtc", "fair/5", "fair/0", "fair@host/7"]
+    with pytest.raises(ConfigError, match="each once"):
+        expand(["fair", "fair/5"], [5])
