@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from aqua_jax.bench import counters
+from aqua_jax.bench.counters import stores
 from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.config import SamplingParams
 
@@ -48,12 +50,16 @@ class Served:
       request: what was asked.
       due: seconds after the run's start.
       tokens: when each token arrived, seconds after the run's start.
+      steps: in which of the run's steps that was, from 1 on.
+      sent_step: steps made before the engine knew of it.
       error: why it failed; None: it didn't.
     """
 
     request: TraceRequest
     due: float
     tokens: list[float] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    sent_step: int = 0
     error: str | None = None
 
 
@@ -66,21 +72,40 @@ class Sample:
       waiting: requests that are due and have no token yet.
       live: requests that are due and not finished.
       pages_in_use: of the KV pool.
+      running: sequences that hold a place in the steps.
+      stores: pages in use by tier below the pool.
+      bytes_out, bytes_in: moved from the pool to stores and back, since the run's start.
+      bound_steps: steps that a runnable sequence waits at most; None: no bound.
     """
 
     time_s: float
     waiting: int
     live: int
     pages_in_use: int
+    running: int = 0
+    stores: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bytes_out: int = 0
+    bytes_in: int = 0
+    bound_steps: float | None = None
 
 
 @dataclasses.dataclass
 class Run:
-    """One run: every request in order of arrival, and samples of the engine."""
+    """One run: every request in order of arrival, samples of the engine, what its counters say.
+
+    Attributes:
+      served: by arrival.
+      samples: every `SAMPLE_EVERY_S` at most, and at the end.
+      pages_total: of the KV pool.
+      stores_total: pages by tier below the pool.
+      counters: what the engine's counters rose by; see `counters.difference`.
+    """
 
     served: list[Served]
     samples: list[Sample]
     pages_total: int
+    stores_total: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    counters: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def serve(
@@ -106,7 +131,8 @@ def serve(
     by_id = {f"bench-{index}": one for index, one in enumerate(served)}
     names = list(by_id)
     samples: list[Sample] = []
-    sent = started = finished = 0
+    sent = started = finished = steps = 0
+    before = engine.stats()
     start = clock.now()
     while sent < len(served) or engine.has_unfinished():
         now = clock.now() - start
@@ -117,24 +143,43 @@ def serve(
                 SamplingParams(
                     temperature=0.0, max_tokens=one.output, ignore_eos=True, detokenize=False
                 ),
-                user=one.user, weight=one.weight, arrival=start + served[sent].due,
+                priority=one.priority, user=one.user, weight=one.weight,
+                arrival=start + served[sent].due,
             )
+            served[sent].sent_step = steps
             sent += 1
         if not engine.has_unfinished():
             clock.sleep(served[sent].due - now)
             continue
         outputs = engine.step()
+        steps += 1
         now = clock.now() - start
         for output in outputs:
             known = by_id[output.request_id]
             fresh = len(output.outputs[0].token_ids) - len(known.tokens)
             started += fresh > 0 and not known.tokens
             known.tokens += [now] * fresh
+            known.steps += [steps] * fresh
             if output.finished:
                 finished += 1
                 known.error = output.error
                 started += not known.tokens  # it no longer waits
         if not samples or now - samples[-1].time_s >= SAMPLE_EVERY_S or finished == len(served):
-            in_use = engine.stats()["pages"]["in_use"]
-            samples.append(Sample(now, sent - started, sent - finished, in_use))
-    return Run(served, samples, engine.stats()["pages"]["total"])
+            samples.append(_sample(engine.stats(), before, now, sent - started, sent - finished))
+    after = engine.stats()
+    totals = {name: one["capacity"] for name, one in stores(after).items()}
+    return Run(
+        served, samples, after["pages"]["total"], totals, counters.difference(before, after)
+    )
+
+
+def _sample(
+    stats: Mapping[str, Any], before: Mapping[str, Any], now: float, waiting: int, live: int
+) -> Sample:
+    moved = counters.difference(before, stats)
+    return Sample(
+        now, waiting, live, stats["pages"]["in_use"], stats.get("running", live - waiting),
+        {name: one["in_use"] for name, one in stores(stats).items()},
+        int(moved.get("bytes_out", 0)), int(moved.get("bytes_in", 0)),
+        stats.get("waiting_bound_steps"),
+    )

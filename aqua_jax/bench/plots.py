@@ -1,40 +1,43 @@
-"""Pictures of open-loop runs, several policies in each, and the numbers behind them as JSON.
+"""Pictures of open-loop runs, several variants in each, and the numbers behind them as JSON.
 
 matplotlib is imported when pictures are drawn, and nowhere else.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aqua_jax.bench import frontier
+from aqua_jax.bench.latency import percentile
 from aqua_jax.bench.open_loop import Run
-from aqua_jax.bench.service import contended, gaps, service_by_user
+from aqua_jax.bench.service import columns, contended, gaps, service_by_user
+from aqua_jax.bench.variants import FLOOR, IDEAL
 from aqua_jax.errors import ConfigError, DependencyError
 
 _USERS_SHOWN = 20  # bars with legible names; of more users, those with the most service
 # Okabe and Ito's colours, which people with any colour vision tell apart; dashes beside them.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
+_MARKERS = "os^Dv*P"
 
 
 def plot_data(runs: Mapping[str, Run]) -> dict[str, Any]:
     """What the pictures show.
 
     Args:
-      runs: by policy.
+      runs: by variant.
 
     Returns:
-      By policy: requests (in order of arrival: due_s, ttft_s, mean_tbt_ms, worst_gap_ms, user;
-      None where there were no such tokens), gaps_ms (all, sorted), samples as columns,
-      pages_total, service by user in weighted tokens and the window it was taken over (None:
-      the whole run).
+      By variant: requests (in order of arrival: due_s, ttft_s, mean_tbt_ms, worst_gap_ms, user;
+      None where there were no such tokens), ttft_p99_s, tbt_p99_ms and tbt_max_ms (None without
+      gaps), gaps_ms (all, sorted), samples as columns, pages_total, stores_total (pages by tier),
+      service by user in weighted tokens and the window it was taken over (None: the whole run).
     """
     data: dict[str, Any] = {}
-    for policy, run in runs.items():
+    for name, run in runs.items():
         requests = []
         for one in run.served:
             own = gaps(one)
@@ -45,14 +48,14 @@ def plot_data(runs: Mapping[str, Run]) -> dict[str, Any]:
                 "worst_gap_ms": max(own) * 1e3 if own else None,
             })
         window = contended(run.served)
-        columns = [field.name for field in dataclasses.fields(run.samples[0])]
-        data[policy] = {
-            "requests": requests,
-            "gaps_ms": sorted(gap * 1e3 for one in run.served for gap in gaps(one)),
-            "samples": {
-                name: [getattr(sample, name) for sample in run.samples] for name in columns
-            },
-            "pages_total": run.pages_total, "service_window_s": window,
+        first = [one["ttft_s"] for one in requests if one["ttft_s"] is not None]
+        every = sorted(gap * 1e3 for one in run.served for gap in gaps(one))
+        data[name] = {
+            "requests": requests, "ttft_p99_s": percentile(first, 99) if first else None,
+            "tbt_p99_ms": percentile(every, 99) if every else None,
+            "tbt_max_ms": every[-1] if every else None, "gaps_ms": every,
+            "samples": columns(run, run.samples), "pages_total": run.pages_total,
+            "stores_total": dict(run.stores_total), "service_window_s": window,
             "service_tokens": service_by_user(run.served, *(window or ())),
         }
     return data
@@ -89,12 +92,13 @@ def save_plots(runs: Mapping[str, Run], folder: Path, title: str) -> list[Path]:
     """Draws everything.
 
     Args:
-      runs: by policy.
+      runs: by variant; "floor" and "ideal" are drawn where others are measured by them.
       folder: exists; files of the same names are replaced.
       title: words above each picture: model and load.
 
     Returns:
-      The files: requests.png, cdf.png, pool.png, service.png, data.json.
+      The files: data.json, requests.png, cdf.png, pool.png, service.png; paging.png where pages
+      were moved; frontier.png where there are several variants with gaps between tokens.
 
     Raises:
       DependencyError: matplotlib is missing.
@@ -103,10 +107,22 @@ def save_plots(runs: Mapping[str, Run], folder: Path, title: str) -> list[Path]:
     data = plot_data(runs)
     files = [folder / "data.json"]
     files[0].write_text(json.dumps({"title": title, "policies": data}, allow_nan=False))
-    drawers = {"requests": _requests, "cdf": _cdf, "pool": _pool, "service": _service}
-    for name, draw in drawers.items():
+    ours = {name: one for name, one in data.items() if name not in (FLOOR, IDEAL)}
+    pictures: dict[str, tuple[Any, dict[str, Any]]] = {
+        "requests": (_requests, ours), "cdf": (_cdf, data), "pool": (_pool, ours),
+        "service": (_service, ours),
+    }
+    if any(any(one["samples"].get("bytes_out", ())) for one in ours.values()):
+        pictures["paging"] = (_paging, ours)
+    points = frontier.points(data)
+    if len(points) > 1:
+        floor = data.get(FLOOR, {}).get("ttft_p99_s")
+        pictures["frontier"] = (
+            lambda figure, _: frontier.draw(figure, points, floor, _COLOURS, _MARKERS), data
+        )
+    for name, (draw, shown) in pictures.items():
         files.append(folder / f"{name}.png")
-        _draw(draw, data, title, files[-1])
+        _draw(draw, shown, title, files[-1])
     return files
 
 
@@ -121,7 +137,7 @@ def _draw(draw: Any, data: dict[str, Any], title: str, path: Path) -> None:
 
 
 def _styles(data: dict[str, Any]) -> list[tuple[str, Any, str, str]]:
-    """(policy, its data, colour, dashes) of each."""
+    """(variant, its data, colour, dashes) of each."""
     return [
         (name, one, _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)])
         for index, (name, one) in enumerate(data.items())
@@ -133,9 +149,10 @@ def _finish(figure: Any, axes: Any) -> None:
         axis.set_axisbelow(True)
         axis.grid(True, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        frontier.plain_ticks(axis)
     handles, labels = axes[0].get_legend_handles_labels()
     # Outside the axes, where it can't cover a line.
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7))
 
 
 def _log_scale(set_scale: Any, data: dict[str, Any]) -> str:
@@ -149,7 +166,7 @@ def _log_scale(set_scale: Any, data: dict[str, Any]) -> str:
 def _requests(figure: Any, data: dict[str, Any]) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     for index, (name, one, colour, _) in enumerate(_styles(data)):
-        marker = "os^Dv*"[index % 6]
+        marker = _MARKERS[index % len(_MARKERS)]
         for axis, field in ((upper, "ttft_s"), (lower, "worst_gap_ms")):
             points = [
                 (number, request[field]) for number, request in enumerate(one["requests"], 1)
@@ -195,23 +212,50 @@ def _cdf(figure: Any, data: dict[str, Any]) -> None:
 
 
 def _pool(figure: Any, data: dict[str, Any]) -> None:
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    stores = list(dict.fromkeys(name for one in data.values() for name in one["stores_total"]))
+    axes = figure.subplots(2 + len(stores), 1, sharex=True)
     for name, one, colour, dashes in _styles(data):
         samples = one["samples"]
-        share = [pages / one["pages_total"] * 100 for pages in samples["pages_in_use"]]
-        for axis, values in ((upper, share), (lower, samples["waiting"])):
+        rows = [[pages / one["pages_total"] * 100 for pages in samples["pages_in_use"]]]
+        for store in stores:
+            total = one["stores_total"].get(store)
+            # Without this tier the line stays at 0.
+            pages = samples.get(f"{store}_pages", [0] * len(samples["time_s"]))
+            rows.append([count / total * 100 if total else 0.0 for count in pages])
+        rows.append(samples["waiting"])
+        for axis, values in zip(axes, rows, strict=True):
             axis.step(
                 samples["time_s"], values, where="post", color=colour, linestyle=dashes,
                 label=name, linewidth=1.2,
             )
-    upper.set_title("KV pool in use", fontsize=10)
-    upper.set_ylabel("percent of pages")
-    upper.set_ylim(0, 104)
-    lower.set_title("Requests waiting for their first token", fontsize=10)
-    lower.set_ylabel("requests")
-    lower.set_ylim(bottom=0)
-    lower.set_xlabel("seconds after the run's start")
-    _finish(figure, (upper, lower))
+    titles = ["KV pool in use", *(f"Store in use: {name}" for name in stores)]
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel("percent of pages")
+        axis.set_ylim(0, 104)
+    axes[-1].set_title("Requests waiting for their first token", fontsize=10)
+    axes[-1].set_ylabel("requests")
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_xlabel("seconds after the run's start")
+    _finish(figure, axes)
+
+
+def _paging(figure: Any, data: dict[str, Any]) -> None:
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
+    for name, one, colour, dashes in _styles(data):
+        samples = one["samples"]
+        for axis, field in zip(axes, ("bytes_out", "bytes_in"), strict=True):
+            moved = samples.get(field, [0] * len(samples["time_s"]))
+            axis.step(
+                samples["time_s"], [size / 2**20 for size in moved], where="post", color=colour,
+                linestyle=dashes, label=name, linewidth=1.2,
+            )
+    for axis, title in zip(axes, ("Paged out of the pool", "Paged in"), strict=True):
+        axis.set_title(f"{title}, since the start", fontsize=10)
+        axis.set_ylabel("MiB")
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("seconds after the run's start")
+    _finish(figure, axes)
 
 
 def _service(figure: Any, data: dict[str, Any]) -> None:

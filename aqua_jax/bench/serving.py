@@ -1,20 +1,24 @@
-"""Runs one load on a fresh engine per policy, everything else equal, and collects one report."""
+"""Runs one load under several policies, everything else equal, and collects one report.
+
+Every run has a fresh engine, and the runs of a repeat follow each other in turn (in the opposite
+order every other time), so that what changes on the machine meanwhile meets all of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aqua_jax.bench import workloads
+from aqua_jax.bench import counters, ratios, variants, workloads
 from aqua_jax.bench.latency import fold
-from aqua_jax.bench.measure import COUNTERS
 from aqua_jax.bench.memory import peak_rss
 from aqua_jax.bench.open_loop import Clock, Run, SystemClock, serve
-from aqua_jax.bench.service import run_metrics, timeline
+from aqua_jax.bench.service import resident_mean, run_metrics, timeline
 from aqua_jax.bench.traces import TraceRequest, fit, prompt_ids
+from aqua_jax.bench.variants import Variant
 from aqua_jax.config import EngineConfig
 from aqua_jax.errors import ConfigError
 
@@ -39,72 +43,116 @@ class Load:
     tbt_slo_s: float
 
 
+@dataclasses.dataclass
+class _Results:
+    """What came of one variant."""
+
+    config: EngineConfig
+    measured: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    first: Run | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def compare(
-    config: EngineConfig, policies: Sequence[str], load: Load, repeats: int,
-    make_engine: Callable[[EngineConfig], Any], clock: Clock | None = None,
+    config: EngineConfig, chosen: Sequence[Variant], load: Load, repeats: int,
+    make_engine: Callable[[EngineConfig], Any], clock: Clock | None = None, *,
+    with_floor: bool = False, with_ideal: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Run]]:
-    """Runs the load `repeats` times under each policy.
+    """Runs the load `repeats` times under each variant.
 
     Args:
-      config: of the engines; its policy is replaced.
-      policies: in the order to run.
+      config: of the engines; variants change it.
+      chosen: in the order to run.
       load: the same for all, with the same prompts.
       repeats: runs of each, every one with prompts of its own.
       make_engine: builds an engine.
       clock: the engines'; None: the machine's.
+      with_floor, with_ideal: run these as well (`variants`), and say how the others compare. The
+        ideal has as many sequences as the first variant that shares fairly had in the mean in its
+        first run, or the first variant of all if none does.
 
     Returns:
-      (report, by policy its first run). The report has requests, and in `policies` by name the
-      metrics of `run_metrics` as {"median", "min", "max", "n"}, lengths_cut, kv_pages, the
-      engine's counters, peak_rss, and the first run's timeline.
+      (report, by variant its first run). The report has requests, and in `policies` by name the
+      metrics of `run_metrics` and `counters.figures` as {"median", "min", "max", "n"}, lengths_cut,
+      kv_pages, max_num_seqs, startup_s, peak_rss, and the first run's timeline; in `ratios` what
+      `ratios.ratios` says.
 
     Raises:
       ConfigError: a request doesn't fit the model and may not be cut.
     """
-    report: dict[str, Any] = {"requests": len(load.requests), "policies": {}}
-    runs: dict[str, Run] = {}
-    for policy in policies:
-        engine = make_engine(dataclasses.replace(config, policy=policy))
-        try:
-            report["policies"][policy], runs[policy] = _run_policy(
-                engine, policy, load, repeats, clock or SystemClock()
-            )
-        finally:
-            engine.close()
-            del engine
-            gc.collect()
-    return report, runs
-
-
-def _run_policy(
-    engine: Any, policy: str, load: Load, repeats: int, clock: Clock
-) -> tuple[dict[str, Any], Run]:
-    requests, cut = _fitted(load, engine.max_model_len)
-    vocab = engine.model_config.vocab_size
-    workloads.warm_up(engine, vocab, engine.max_model_len)
-    measured: list[dict[str, float]] = []
-    first: Run | None = None
+    clock = clock or SystemClock()
+    results = {one.name: _Results(one.config(config)) for one in chosen}
+    todo = list(chosen)
+    subject = next((one for one in chosen if one.name.startswith("fair")), chosen[0])
     for repeat in range(repeats):
+        for one in todo if repeat % 2 == 0 else reversed(todo):
+            _run(one, results[one.name], load, repeat, repeats, make_engine, clock)
+        if repeat == 0:
+            extra = []
+            requests = _fitted(load, results[subject.name].about["max_model_len"])[0]
+            if with_ideal:
+                first = results[subject.name].first
+                assert first is not None
+                extra.append(variants.ideal(requests, config, round(resident_mean(first))))
+            if with_floor:
+                extra.append(variants.floor(requests, config))
+            for one in extra:
+                results[one.name] = _Results(one.config(config))
+                _run(one, results[one.name], load, repeat, repeats, make_engine, clock)
+            todo += extra
+    baseline = "fcfs" if "fcfs" in results else None
+    report = {
+        "requests": len(load.requests),
+        "policies": {name: _report(one) for name, one in results.items()},
+        "ratios": ratios.ratios({name: one.measured for name, one in results.items()}, baseline),
+    }
+    return report, {name: one.first for name, one in results.items() if one.first is not None}
+
+
+def _run(
+    variant: Variant, results: _Results, load: Load, repeat: int, repeats: int,
+    make_engine: Callable[[EngineConfig], Any], clock: Clock,
+) -> None:
+    started = clock.now()
+    engine = make_engine(results.config)
+    startup_s = clock.now() - started
+    try:
+        requests, cut = _fitted(load, engine.max_model_len)
+        if variant.output is not None:
+            requests = [dataclasses.replace(one, output=variant.output) for one in requests]
+        vocab = engine.model_config.vocab_size
+        workloads.warm_up(engine, vocab, engine.max_model_len)
         prompts = [
             prompt_ids(request, number, _PROMPT_SEED + repeat, vocab)
             for number, request in enumerate(requests)
         ]
         run = serve(engine, requests, prompts, clock)
-        first = first or run
-        measured.append(
-            run_metrics(run, ttft_slo_s=load.ttft_slo_s, tbt_slo_s=load.tbt_slo_s)
-        )
-        _log.info(
-            "%s %d/%d: ttft p99 %.4g s, %.4g output tokens/s", policy, repeat + 1, repeats,
-            measured[-1]["ttft_p99_s"], measured[-1]["output_tok_s"],
-        )
-    assert first is not None
-    stats = engine.stats()
+        model_len = engine.max_model_len
+    finally:
+        engine.close()
+        del engine
+        gc.collect()
+    metrics = run_metrics(run, ttft_slo_s=load.ttft_slo_s, tbt_slo_s=load.tbt_slo_s)
+    metrics |= counters.figures(run.counters, metrics["total_s"])
+    results.measured.append(metrics)
+    if results.first is None:
+        results.first = run
+        results.about = {
+            "lengths_cut": cut, "kv_pages": run.pages_total, "max_model_len": model_len,
+            "max_num_seqs": results.config.max_num_seqs, "startup_s": float(f"{startup_s:.5g}"),
+            "peak_rss": peak_rss(),
+        }
+    _log.info(
+        "%s %d/%d: ttft p99 %.4g s, %.4g output tokens/s", variant.name, repeat + 1, repeats,
+        metrics["ttft_p99_s"], metrics["output_tok_s"],
+    )
+
+
+def _report(results: _Results) -> dict[str, Any]:
+    assert results.first is not None
     return {
-        "metrics": fold(measured), "lengths_cut": cut, "kv_pages": first.pages_total,
-        "stats": {name: stats[name] for name in COUNTERS if name in stats},
-        "peak_rss": peak_rss(), "timeline": timeline(first),
-    }, first
+        "metrics": fold(results.measured), **results.about, "timeline": timeline(results.first),
+    }
 
 
 def _fitted(load: Load, model_len: int) -> tuple[list[TraceRequest], int]:
@@ -119,24 +167,23 @@ def _fitted(load: Load, model_len: int) -> tuple[list[TraceRequest], int]:
     return list(load.requests), 0
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for people: a column of medians per policy."""
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people: a column of medians per variant, then the ratios."""
     policies = report["policies"]
     lines = [
         f"{report['requests']} requests, medians of the runs",
-        f"  {'':<20}" + "".join(f"{name:>12}" for name in policies),
+        f"  {'':<22}" + "".join(f"{name:>12}" for name in policies),
     ]
-    metrics = {name: None for one in policies.values() for name in one["metrics"]}
-    for metric in metrics:
+    names = {name: None for one in policies.values() for name in one["metrics"]}
+    for metric in names:
         cells = ""
         for one in policies.values():
             value = one["metrics"].get(metric)
             cells += f"{'-':>12}" if value is None else f"{value['median']:>12.5g}"
-        lines.append(f"  {metric:<20}{cells}")
-    for name in ("lengths_cut", "kv_pages"):
-        lines.append(f"  {name:<20}" + "".join(f"{one[name]:>12}" for one in policies.values()))
-    for name in COUNTERS:
-        if all(name in one["stats"] for one in policies.values()):
-            cells = "".join(f"{one['stats'][name]:>12.4g}" for one in policies.values())
-            lines.append(f"  {name:<20}{cells}")
+        lines.append(f"  {metric:<22}{cells}")
+    for name in ("lengths_cut", "kv_pages", "max_num_seqs"):
+        lines.append(f"  {name:<22}" + "".join(f"{one[name]:>12}" for one in policies.values()))
+    if report["ratios"]:
+        lines.append("ratios of runs of the same repeat: median, interval of the median")
+        lines += ratios.lines(report["ratios"])
     return "\n".join(lines)

@@ -2,8 +2,9 @@
 
 Three formats: Azure's LLM inference CSV (TIMESTAMP, ContextTokens, GeneratedTokens), Mooncake's
 JSONL (timestamp in ms, input_length, output_length, hash_ids of blocks of 512 prompt tokens), and
-our own JSONL (arrival_s, prompt_tokens, output_tokens, user, weight). Texts are in none of them:
-prompts are random ids of the recorded length, and equal hash_ids make equal blocks.
+our own JSONL (arrival_s, prompt_tokens, output_tokens). A line of any may have user, weight and
+priority as well (a column of the CSV, in any case). Texts are in none of them: prompts are random
+ids of the recorded length, and equal hash_ids make equal blocks.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class TraceRequest:
       output: tokens to generate.
       user: fairness key.
       weight: share of service.
+      priority: for policies that use it; lower runs first.
       blocks: ids of the prompt's blocks of `MOONCAKE_BLOCK` tokens; what they don't cover is
         the request's own.
     """
@@ -45,6 +47,7 @@ class TraceRequest:
     output: int
     user: str = ""
     weight: float = 1.0
+    priority: int = 0
     blocks: tuple[int, ...] = ()
 
 
@@ -69,10 +72,31 @@ class _Line:
     def number(self, field: str, default: float | None = None, *, positive: bool = False) -> float:
         """A finite number >= 0 (or > 0)."""
         value = self.values.get(field, default)
+        if isinstance(value, str):  # of a CSV
+            try:
+                value = float(value)
+            except ValueError:
+                raise self.fail(field, "a number") from None
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not ok or not math.isfinite(value) or value < 0 or (positive and value == 0):
             raise self.fail(field, f"a number {'>' if positive else '>='} 0")
         return float(value)
+
+    def service(self) -> dict[str, Any]:
+        """Whose request it is and how it ranks: fields that a line of any format may have."""
+        user, rank = self.values.get("user", ""), self.values.get("priority", 0)
+        if not isinstance(user, str):
+            raise self.fail("user", "text")
+        if isinstance(rank, str):
+            try:
+                rank = int(rank)
+            except ValueError:
+                raise self.fail("priority", "an integer") from None
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise self.fail("priority", "an integer")
+        return {
+            "user": user, "weight": self.number("weight", 1.0, positive=True), "priority": rank,
+        }
 
 
 def read_trace(
@@ -133,7 +157,8 @@ def _azure(lines: Iterable[tuple[int, str]], path: str) -> Iterator[TraceRequest
             continue
         cells = next(csv.reader([text.strip()]))
         if header is None:
-            header = cells
+            own = ("user", "weight", "priority")
+            header = [name.lower() if name.lower() in own else name for name in cells]
             for name in _AZURE:
                 if name not in header:
                     raise ConfigError(f"{path}, line {number}", text.strip(), f"a column {name}")
@@ -146,7 +171,8 @@ def _azure(lines: Iterable[tuple[int, str]], path: str) -> Iterator[TraceRequest
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=datetime.UTC)
         yield TraceRequest(
-            moment.timestamp(), line.integer("ContextTokens"), line.integer("GeneratedTokens")
+            moment.timestamp(), line.integer("ContextTokens"), line.integer("GeneratedTokens"),
+            **line.service(),
         )
 
 
@@ -170,18 +196,15 @@ def _mooncake(lines: Iterable[tuple[int, str]], path: str) -> Iterator[TraceRequ
             raise line.fail("hash_ids", "a list of integers")
         yield TraceRequest(
             line.number("timestamp") / 1e3, line.integer("input_length"),
-            line.integer("output_length"), blocks=tuple(blocks),
+            line.integer("output_length"), blocks=tuple(blocks), **line.service(),
         )
 
 
 def _own(lines: Iterable[tuple[int, str]], path: str) -> Iterator[TraceRequest]:
     for line in _objects(lines, path):
-        user = line.values.get("user", "")
-        if not isinstance(user, str):
-            raise line.fail("user", "text")
         yield TraceRequest(
             line.number("arrival_s"), line.integer("prompt_tokens"), line.integer("output_tokens"),
-            user, line.number("weight", 1.0, positive=True),
+            **line.service(),
         )
 
 

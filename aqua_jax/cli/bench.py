@@ -9,16 +9,36 @@ from typing import Any, get_args, get_type_hints
 
 from aqua_jax.cli import flags as common
 from aqua_jax.cli.flagset import FlagSet, UsageError
-from aqua_jax.config import EngineConfig
+from aqua_jax.config import SWAPPING, EngineConfig
 
-# As in `aqua_jax.bench.traces` and `arrivals`; help imports neither.
+# As in `aqua_jax.bench.workloads`, `traces` and `arrivals`; help imports none of them.
+OFFLINE = ("single", "prefill", "batch", "burst")
 TRACE_FORMATS = ("auto", "azure", "mooncake", "jsonl")
 ARRIVALS = ("burst", "poisson", "gamma")
 # Any of these makes the burst a load over time.
 _LOAD_FLAGS = (
-    "arrivals", "request_rate", "burstiness", "num_users", "policies", "goodput_ttft_ms",
-    "goodput_tbt_ms", "plots",
+    "arrivals", "request_rate", "burstiness", "users", "policies", "slices", "with_floor",
+    "with_ideal", "goodput_ttft_ms", "goodput_tbt_ms", "plots",
 )
+# Which kinds of run a flag means something to: the offline workloads by name, "load" for a burst
+# over time, "trace".
+_MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "num_requests": ("batch", "burst", "load", "trace"),
+    "prompt_tokens": (*OFFLINE, "load"),
+    "output_tokens": ("single", "batch", "burst", "load"),
+    "trace": ("trace",), "trace_format": ("trace",), "rate": ("trace",),
+    "max_trace_tokens": ("trace",),
+    "arrivals": ("load",), "request_rate": ("load",), "burstiness": ("load",),
+    "users": ("load",),
+    **dict.fromkeys(
+        (
+            "policies", "slices", "with_floor", "with_ideal", "goodput_ttft_ms", "goodput_tbt_ms",
+            "plots",
+        ),
+        ("load", "trace"),
+    ),
+}
+_KINDS = {"load": "burst", "trace": "trace"}  # kind of run -> its --workload
 
 
 def define(flags: FlagSet) -> None:
@@ -41,8 +61,8 @@ def define(flags: FlagSet) -> None:
     with flags.group("Load over time (trace; burst with any of these)"):
         flags.string(
             "trace", None, "Recorded requests: Azure's LLM inference CSV, Mooncake's JSONL, or our "
-            "own, lines of {\"arrival_s\", \"prompt_tokens\", \"output_tokens\", \"user\", "
-            "\"weight\"}.", "FILE",
+            "own, lines of {\"arrival_s\", \"prompt_tokens\", \"output_tokens\"}. A line of any "
+            "may have user, weight and priority.", "FILE",
         )
         flags.choice("trace_format", "auto", TRACE_FORMATS, "Format of --trace.")
         flags.number("rate", 1.0, "Requests of the trace come so many times faster.", 1e-6, 1e6)
@@ -59,10 +79,22 @@ def define(flags: FlagSet) -> None:
             "burstiness", 1.0, "Shape of gamma gaps: below 1 bunched, 1 poisson, above 1 even.",
             1e-3, 1e3,
         )
-        flags.integer("num_users", 1, "Users the burst's requests are dealt to in turn.", 1)
+        flags.integer("users", 1, "Users the burst's requests are dealt to in turn.", 1)
         flags.string(
             "policies", None, "Run the same load under each of these policies, in a fresh engine, "
             "instead of --policy.", "NAMES",
+        )
+        flags.string(
+            "slices", None, "Run it under fair with each of these numbers of decode steps a turn "
+            "as well; with --plots their frontier is drawn.", "N,N",
+        )
+        flags.switch(
+            "with_floor", False, "Run the same arrivals with one token each and a pool for all: no "
+            "first token can come earlier.",
+        )
+        flags.switch(
+            "with_ideal", False, "Run it with a pool for all and as many sequences at a time as "
+            "the constrained run had in the mean: no throughput can be expected above that.",
         )
         flags.number(
             "goodput_ttft_ms", 1000.0, "Longest wait for a first token that is good.", 0.0, 1e9
@@ -71,8 +103,8 @@ def define(flags: FlagSet) -> None:
             "goodput_tbt_ms", 100.0, "Longest mean time between tokens that is good.", 0.0, 1e9
         )
         flags.string(
-            "plots", None, "Draw the first run of each policy into this folder, with the numbers "
-            "as JSON. Needs matplotlib.", "DIR",
+            "plots", None, "Draw the first run of each into this folder, with the numbers as JSON. "
+            "Needs matplotlib.", "DIR",
         )
     common.define_engine_flags(flags)
 
@@ -83,25 +115,26 @@ def run(flags: FlagSet) -> int:
     Returns:
       0.
     """
-    config = common.engine_config(flags)
-    from aqua_jax.bench import workloads
+    names = _workloads(flags)
+    policies = _policies(flags)
+    overrides: dict[str, Any] = {}
+    if flags.policies is not None or flags.slices is not None:
+        # What is checked together with the policy must fit one of those that run.
+        swapping = [one for one in (*policies, *(["fair"] * bool(flags.slices))) if one in SWAPPING]
+        overrides["policy"] = (swapping or policies)[0]
+    config = common.engine_config(flags, **overrides)
+    if names == ["load"] or names == ["trace"]:
+        return _run_load(flags, config, policies, names[0])
 
-    names = [name.strip() for name in flags.workload.split(",")]
-    if "trace" in names or any(flags.given(name) for name in ("trace", *_LOAD_FLAGS)):
-        return _run_load(flags, config, names)
-    for name in names:
-        if name not in workloads.WORKLOADS:
-            allowed = ", ".join(workloads.WORKLOADS)
-            raise UsageError(f"flag --workload={flags.workload}: allowed: {allowed}")
+    from aqua_jax.bench import workloads
+    from aqua_jax.bench.measure import describe, measure, table
+
     sizes = {
         name: workloads.sizes_of(
             name, flags.num_requests, flags.prompt_tokens, flags.output_tokens
         )
         for name in names
     }
-
-    from aqua_jax.bench.measure import describe, measure, table
-
     own_pool = flags.given("kv_cache_memory") or flags.given("kv_cache_tokens")
     report = measure(config, sizes, flags.reps, _make_engine, own_pool=own_pool)
     if flags.json:
@@ -111,23 +144,53 @@ def run(flags: FlagSet) -> int:
     return 0
 
 
-def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
+def _workloads(flags: FlagSet) -> list[str]:
+    """What is run: offline workloads, or ["load"], or ["trace"]; flags that fit none are errors."""
+    names = [name.strip() for name in flags.workload.split(",")]
+    allowed = (*OFFLINE, "trace")
+    if not set(names) <= set(allowed) or len(set(names)) < len(names):
+        raise UsageError(
+            f"flag --workload={flags.workload}: allowed, each once: {', '.join(allowed)}"
+        )
+    if "trace" in names:
+        if len(names) > 1:
+            raise UsageError(f"flag --workload={flags.workload}: trace runs alone")
+        if flags.trace is None:
+            raise UsageError("flag --workload=trace needs --trace=FILE")
+        kinds = ["trace"]
+    elif names == ["burst"] and any(flags.given(name) for name in _LOAD_FLAGS):
+        kinds = ["load"]
+    else:
+        kinds = names
+    for name, meant in _MEANT_FOR.items():
+        if flags.given(name) and not set(kinds) & set(meant):
+            fitting = dict.fromkeys(_KINDS.get(kind, kind) for kind in meant)
+            raise UsageError(
+                f"flag --{name} means nothing to --workload={flags.workload}; it is for "
+                + ", ".join(fitting)
+            )
+    if kinds == ["load"]:
+        if flags.given("request_rate") and flags.arrivals == "burst":
+            raise UsageError("flag --request_rate needs --arrivals=poisson or gamma")
+        if flags.given("burstiness") and flags.arrivals != "gamma":
+            raise UsageError("flag --burstiness needs --arrivals=gamma")
+    return kinds
+
+
+def _run_load(flags: FlagSet, config: EngineConfig, policies: list[str], kind: str) -> int:
     """A trace, or a burst spread over time, under one policy or several."""
-    from aqua_jax.bench import arrivals, plots, serving, traces, workloads
+    from aqua_jax.bench import arrivals, plots, serving, traces, variants, workloads
     from aqua_jax.bench.measure import describe
 
-    if names not in (["trace"], ["burst"]):
-        raise UsageError(
-            f"flag --workload={flags.workload}: with a load over time allowed: trace, burst"
-        )
-    if (names == ["trace"]) != (flags.trace is not None):
-        raise UsageError("flag --trace=FILE and --workload=trace go together")
-    policies = _policies(flags)
+    chosen = variants.of_policies(policies, _slices(flags))
     folder = None
     if flags.plots is not None:
         plots.require_matplotlib()
         folder = plots.prepare_folder(flags.plots)
-    if flags.trace is not None:
+    if not flags.given("warmup"):
+        # A program compiled in the middle of a load would be measured as the policy's doing.
+        config = dataclasses.replace(config, warmup="full")
+    if kind == "trace":
         requests = traces.read_trace(
             flags.trace, flags.trace_format, rate=flags.rate, limit=flags.num_requests
         )
@@ -139,20 +202,24 @@ def _run_load(flags: FlagSet, config: EngineConfig, names: list[str]) -> int:
         times = arrivals.arrival_times(
             flags.arrivals, sizes.requests, flags.request_rate, flags.burstiness, flags.seed
         )
-        requests, most = arrivals.synthetic(sizes, times, flags.num_users), None
+        requests, most = arrivals.synthetic(sizes, times, flags.users), None
         if not (flags.given("kv_cache_memory") or flags.given("kv_cache_tokens")):
             config = dataclasses.replace(
                 config, kv_cache_tokens=workloads.burst_pool_tokens(sizes, config.page_tokens)
             )
     load = serving.Load(requests, most, flags.goodput_ttft_ms / 1e3, flags.goodput_tbt_ms / 1e3)
-    report, runs = serving.compare(config, policies, load, flags.reps, _make_engine)
+    report, runs = serving.compare(
+        config, chosen, load, flags.reps, _make_engine, with_floor=flags.with_floor,
+        with_ideal=flags.with_ideal,
+    )
     about = describe(config)
+    workload = _KINDS[kind]
     if folder is not None:
-        title = f"{about['model']} {about['dtype']}, {names[0]} of {len(requests)} requests"
+        title = f"{about['model']} {about['dtype']}, {workload} of {len(requests)} requests"
         files = plots.save_plots(runs, folder, title)
         print(*files, sep="\n", file=sys.stderr)
     if flags.json:
-        shown = {**about, "workload": names[0], **report}
+        shown = {**about, "workload": workload, **report}
         print(json.dumps(shown, allow_nan=False), flush=True)
     else:
         print(serving.table(report), flush=True)
@@ -168,6 +235,20 @@ def _policies(flags: FlagSet) -> list[str]:
         allowed = ", ".join(known)
         raise UsageError(f"flag --policies={flags.policies}: allowed, each once: {allowed}")
     return names
+
+
+def _slices(flags: FlagSet) -> list[int]:
+    if flags.slices is None:
+        return []
+    try:
+        found = [int(number) for number in flags.slices.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1 or len(set(found)) < len(found):
+        raise UsageError(
+            f"flag --slices={flags.slices}: allowed: integers >= 1 with commas, each once"
+        )
+    return found
 
 
 def _make_engine(config: EngineConfig) -> Any:

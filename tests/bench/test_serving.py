@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 import types
 
 import pytest
 
+from aqua_jax.bench.counters import difference, figures, stores
 from aqua_jax.bench.open_loop import Run, Sample, Served, serve
-from aqua_jax.bench.service import contended, jain, run_metrics, service_by_user, timeline
+from aqua_jax.bench.ratios import interval
+from aqua_jax.bench.service import (
+    contended,
+    jain,
+    run_metrics,
+    service_by_user,
+    timeline,
+    windowed_jain,
+)
 from aqua_jax.bench.serving import Load, compare, table
 from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.bench.variants import of_policies, unlimited_tokens
+from aqua_jax.cli import main
 from aqua_jax.config import EngineConfig
 from aqua_jax.errors import ConfigError
 from tests.cli.text_model import run_command
@@ -137,7 +149,7 @@ def test_jain_is_taken_while_all_users_have_work():
     assert contended(apart) is None and contended(served[:1]) is None
 
 
-def test_policies_get_fresh_engines_and_the_same_load():
+def test_every_run_has_a_fresh_engine_and_the_same_load():
     clock, engines, configs = FakeClock(), [], []
 
     def make_engine(config):
@@ -146,19 +158,135 @@ def test_policies_get_fresh_engines_and_the_same_load():
         return engines[-1]
 
     load = Load(requests_at(0, 0, 90), 32, 9, 9)
-    config = EngineConfig(model="m")
-    report, runs = compare(config, ["fcfs", "fair"], load, 2, make_engine, clock)
-    assert [one.policy for one in configs] == ["fcfs", "fair"]
+    config = EngineConfig(model="m", peer="socket", policy="fair")
+    chosen = of_policies(["fcfs", "fair"], [5])
+    report, runs = compare(config, chosen, load, 2, make_engine, clock)
+    order = [(one.policy, one.slice_steps, one.peer) for one in configs]
+    # The second repeat goes the other way round; fcfs, which recomputes, borrows nothing.
+    turn = [("fcfs", None, ""), ("fair", None, "socket"), ("fair", 5, "socket")]
+    assert order == turn + turn[::-1]
     assert all(engine.closed for engine in engines)
-    sent = [[entry[0::2] for entry in engine.added] for engine in engines]
-    assert sent[0] == sent[1] and len(sent[0]) == 5 + 2 * 3  # warm-up, then twice the load
-    assert list(runs) == ["fcfs", "fair"]
+    sent = [[(name, length) for name, _, length, _ in engine.added] for engine in engines]
+    assert all(one == sent[0] for one in sent) and len(sent[0]) == 5 + 3  # warm-up, the load
+    assert list(runs) == ["fcfs", "fair", "fair/5"]
     assert report["policies"]["fair"]["metrics"]["ttft_p50_s"]["n"] == 2
+    assert report["ratios"]["fair"]["ttft_p99_gain"]["median"] == pytest.approx(1)
     text = table(report)
-    assert "fcfs" in text and "fair" in text and "goodput_req_s" in text
+    assert "fair/5" in text and "goodput_req_s" in text and "ttft_p99_gain" in text
     json.dumps(report, allow_nan=False)
     with pytest.raises(ConfigError, match="prompt_tokens: got 60"):
-        compare(config, ["fcfs"], Load([TraceRequest(0, 60, 9)], None, 9, 9), 1, make_engine, clock)
+        compare(
+            config, chosen, Load([TraceRequest(0, 60, 9)], None, 9, 9), 1, make_engine, clock
+        )
+
+
+def test_the_floor_and_the_ideal_take_the_pressure_away():
+    clock, engines = FakeClock(), []
+
+    def make_engine(config):
+        engines.append((config, FakeEngine(clock)))
+        return engines[-1][1]
+
+    load = Load(requests_at(0, 0, 0, 0, output=6), 32, 9, 9)
+    config = EngineConfig(
+        model="m", policy="fair", peer="socket", kv_cache_tokens=32, max_num_seqs=3
+    )
+    report, _ = compare(
+        config, of_policies(["fcfs", "fair"]), load, 2, make_engine, clock, with_floor=True,
+        with_ideal=True,
+    )
+    assert list(report["policies"]) == ["fcfs", "fair", "ideal", "floor"]
+    ideal, floor = engines[2][0], engines[3][0]
+    # 4 + 6 tokens are one page, one more for what is decided ahead, three at a time; one token
+    # each needs as much.
+    assert ideal.kv_cache_tokens == floor.kv_cache_tokens == 3 * 2 * 16
+    assert ideal.peer == floor.peer == "" and ideal.policy == floor.policy == "fcfs"
+    # In the fake engine all that have a token and aren't done are running: one at a time.
+    resident = report["policies"]["fair"]["metrics"]["resident_mean"]["median"]
+    assert ideal.max_num_seqs == max(1, round(resident)) == 1 and floor.max_num_seqs == 3
+    metrics = {name: one["metrics"] for name, one in report["policies"].items()}
+    assert metrics["floor"]["tokens"]["median"] == 4 and metrics["ideal"]["tokens"]["median"] == 24
+    fair = report["ratios"]["fair"]
+    assert fair["ttft_p99_over_floor"]["median"] == pytest.approx(
+        metrics["fair"]["ttft_p99_s"]["median"] / metrics["floor"]["ttft_p99_s"]["median"], rel=1e-3
+    )
+    assert fair["output_tok_s_of_ideal"]["n"] == 2
+    assert report["ratios"]["fcfs"]["ttft_ceiling"]["median"] > 1
+    assert not {"floor", "ideal"} & set(report["ratios"])
+
+
+def test_what_unlimited_is():
+    config = EngineConfig(model="m", max_num_seqs=4)
+    requests = [TraceRequest(0, 16, 16), TraceRequest(0, 100, 28)]
+    assert unlimited_tokens(requests, config) == (3 + 9) * 16
+    assert unlimited_tokens(requests * 50, config) == 4 * 9 * 16
+    assert unlimited_tokens(requests, config, 1) == (3 + 8) * 16
+
+
+def test_an_interval_covers_the_median():
+    assert interval([3.0]) == {"median": 3, "low": 3, "high": 3, "n": 1, "coverage": 0}
+    five = interval([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (five["low"], five["median"], five["high"]) == (1, 3, 5)
+    assert five["coverage"] == pytest.approx(1 - 2 / 32, abs=1e-4)
+    ten = interval([float(value) for value in range(10)])
+    # The second and the ninth of ten: 1 - 2 * (1 + 10) / 1024.
+    assert (ten["low"], ten["high"], ten["coverage"]) == (1, 8, 0.9785)
+    draw = random.Random(0)
+    covered = 0
+    for _ in range(400):
+        one = interval([draw.gauss(7, 1) for _ in range(15)])
+        covered += one["low"] <= 7 <= one["high"]
+    assert covered >= 0.93 * 400
+
+
+def test_what_the_counters_say_of_a_run():
+    def stats(scale, stores=()):
+        return {
+            "steps": 10 * scale, "preemptions": scale, "host_s": 0.1 * scale, "wait_s": 1.0 * scale,
+            "paging": {
+                "bytes_out": 2**20 * scale, "bytes_in": 2**19 * scale, "wait_s": 0.01 * scale,
+                "tokens_out": 300 * scale, "tokens_in": 200 * scale, "tokens_held": 1000 * scale,
+                "tokens_revived": 70 * scale, "departures": 4 * scale,
+                "stores": [{"name": "peer", "capacity": 9, "in_use": 2}],
+            },
+        }
+
+    rose = difference(stats(1), stats(3))
+    assert rose["steps"] == 20 and rose["bytes_out"] == 2**21
+    shown = figures(rose, 10.0)
+    assert shown["paged_out_mib"] == 2 and shown["paged_in_mib"] == 1
+    assert shown["paged_share"] == pytest.approx(0.5) and shown["revived_tokens"] == 140
+    assert shown["paging_wait_s"] == pytest.approx(0.02)
+    assert shown["paging_wait_share"] == pytest.approx(0.002)
+    assert shown["out_kib_per_switch"] == 2048 / 8 and shown["out_tokens_per_switch"] == 75
+    assert shown["host_share"] == pytest.approx(0.02) and "wait_s" not in shown
+    assert stores(stats(1)) == {"peer": {"name": "peer", "capacity": 9, "in_use": 2}}
+    plain = {"steps": 4, "preemptions": 1}
+    assert figures(difference(plain, plain), 1.0) == {"steps": 0, "preemptions": 0}
+
+
+def test_waits_are_held_against_the_stated_bound():
+    one = Served(TraceRequest(0, 4, 3), 0, [1, 2, 9], [3, 4, 11], sent_step=1)
+    samples = [Sample(1, 0, 1, 0, bound_steps=5.0), Sample(9, 0, 0, 0, bound_steps=1.0)]
+    metrics = run_metrics(Run([one], samples, 1), ttft_slo_s=9, tbt_slo_s=9)
+    assert metrics["wait_max_steps"] == 7 and metrics["bound_steps"] == 5
+    assert metrics["bound_violations"] == 1
+    calm = run_metrics(Run([one], samples[1:] * 2, 1), ttft_slo_s=9, tbt_slo_s=9)
+    assert calm["bound_violations"] == 2  # 7 from step 4 to 11, 2 from 1 to 3
+    free = run_metrics(Run([one], [Sample(9, 0, 0, 0)], 1), ttft_slo_s=9, tbt_slo_s=9)
+    assert "bound_steps" not in free
+
+
+def test_jain_over_windows():
+    served = [
+        Served(TraceRequest(0, 1, 9, user), 0, [at + offset for at in range(9)])
+        for user, offset in (("a", 1.0), ("b", 1.1))
+    ]
+    served.append(Served(TraceRequest(0, 1, 9, "c"), 0, [8.5 + at / 10 for at in range(9)]))
+    assert contended(served) == (0, 9.0)
+    worst = windowed_jain(served, 4.0)
+    assert len(worst) == 2 and worst[0] == pytest.approx(9**2 / (3 * (5**2 + 4**2)))
+    assert windowed_jain(served, 10.0) == [] and windowed_jain(served[:1], 1.0) == []
 
 
 def test_the_command_runs_a_trace_on_a_tiny_model(tmp_path):
@@ -183,9 +311,32 @@ def test_the_command_runs_a_trace_on_a_tiny_model(tmp_path):
         one = report["policies"][policy]
         assert one["metrics"]["tokens"]["median"] == 36 and one["lengths_cut"] == 1
         assert one["metrics"]["ttft_p99_s"]["min"] > 0
-    wrong = run_command(*flags, "--policies=fcfs,best")
-    assert wrong.returncode == 2 and "--policies=fcfs,best" in wrong.stderr
+        assert one["metrics"]["compiles_after_warmup"]["max"] == 0
     trace.write_text('{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 6}\n')
     broken = run_command(*flags)
     assert broken.returncode == 2 and "line 1, prompt_tokens: got 0" in broken.stderr
     assert "Traceback" not in broken.stderr
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--workload=burst", "--policies=fcfs,best"], ["--policies=fcfs,best", "each once: "]),
+    (["--workload=single", "--rate=2"], ["--rate ", "--workload=single", "it is for trace"]),
+    (["--workload=single", "--num_requests=2"], ["--num_requests", "batch, burst, trace"]),
+    (["--workload=prefill", "--output_tokens=2"], ["--output_tokens", "--workload=prefill"]),
+    (["--workload=batch,single", "--plots=out"], ["--plots", "burst, trace"]),
+    (["--workload=burst", "--trace=x"], ["--trace ", "it is for trace"]),
+    (["--workload=trace", "--trace=x", "--users=2"], ["--users", "it is for burst"]),
+    (["--workload=trace", "--trace=x", "--prompt_tokens=2"], ["--prompt_tokens"]),
+    (["--workload=trace"], ["needs --trace=FILE"]),
+    (["--workload=trace,single", "--trace=x"], ["trace runs alone"]),
+    (["--workload=burst,burst"], ["each once"]),
+    (["--workload=best"], ["--workload=best: allowed"]),
+    (["--workload=burst", "--users=2", "--request_rate=3"], ["--request_rate needs --arrivals"]),
+    (["--workload=burst", "--arrivals=poisson", "--burstiness=3"], ["--burstiness needs"]),
+    (["--workload=burst", "--slices=5,x"], ["--slices=5,x", "integers >= 1"]),
+    (["--workload=burst", "--slices=5,5"], ["each once"]),
+])
+def test_flags_that_mean_nothing_are_errors_that_name_them(flags, words, capsys):
+    assert main.main(["bench", "--model=m", *flags]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words), said

@@ -72,6 +72,22 @@ def test_our_own_lines(write):
     ]
 
 
+def test_lines_of_every_format_may_say_whose_they_are(write):
+    azure = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens,User,Priority,weight\n"
+        "2023-11-16 18:15:46,374,44,ann,-2,1.5\n2023-11-16 18:15:47,3,4,bob,0,1\n"
+    )
+    assert read_trace(write(azure)) == [
+        TraceRequest(0, 374, 44, "ann", 1.5, -2), TraceRequest(1, 3, 4, "bob"),
+    ]
+    mooncake = MOONCAKE.replace('"hash_ids": [7, 8]', '"user": "ann", "priority": 3')
+    assert read_trace(write(mooncake), "mooncake")[0] == TraceRequest(
+        0, 1000, 5, "ann", priority=3
+    )
+    own = OWN.replace('"weight": 2', '"priority": -1')
+    assert read_trace(write(own))[0] == TraceRequest(0, 3, 4, "a", priority=-1)
+
+
 @pytest.mark.parametrize(("text", "form", "wanted"), [
     (AZURE.replace("396", "x"), "auto", "line 3, ContextTokens: got 'x'; allowed: an integer >= 1"),
     (AZURE.replace(",55", ",0"), "auto", "line 4, GeneratedTokens: got '0'"),
