@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_TEND_EVERY_S = 0.1
+
 
 class AsyncEngine:
     """Streams answers to any number of asyncio tasks, in one or several event loops.
@@ -50,6 +52,8 @@ class AsyncEngine:
           ConfigError, ModelLoadError: as `Engine`.
         """
         self._engine = make_engine(config)
+        # What an idle engine owes to lenders of memory.
+        self._tend: Callable[[], None] | None = getattr(self._engine, "tend", None)
         self._wake = threading.Condition()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._mailboxes: dict[str, Mailbox] = {}  # the thread's alone
@@ -74,6 +78,18 @@ class AsyncEngine:
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None; safe to use from any thread."""
         return self._engine.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called."""
+        name: str = self._engine.model_name
+        return name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        length: int = self._engine.max_model_len
+        return length
 
     @property
     def dead(self) -> BaseException | None:
@@ -233,6 +249,8 @@ class AsyncEngine:
             while self._next_commands():
                 if self._engine.has_unfinished():
                     self._deliver(self._engine.step())
+                elif self._tend is not None:
+                    self._tend()
         except BaseException as error:
             reason = error
         self._end(reason)
@@ -240,8 +258,8 @@ class AsyncEngine:
     def _next_commands(self) -> bool:
         """Carries out what is waiting, sleeping if nothing runs; False: stop."""
         with self._wake:
-            while not (self._commands or self._stopping or self._engine.has_unfinished()):
-                self._wake.wait()
+            if not (self._commands or self._stopping or self._engine.has_unfinished()):
+                self._wake.wait(None if self._tend is None else _TEND_EVERY_S)
             commands, self._commands = self._commands, collections.deque()
             stopping = self._stopping
         for command in commands:

@@ -20,10 +20,11 @@ PACKAGES = {"aqua_jax": ROOT / "aqua_jax", "aqua_jax.models": ROOT / "models"}
 # What each room may import besides itself and the plain data in BASE. Arrows point down.
 ARROWS = {
     "cli": {
-        "batch", "bench", "simulation", "llm", "engine", "loading", "models", "memory",
+        "batch", "bench", "server", "simulation", "llm", "engine", "loading", "models", "memory",
         "coordinator",
     },
     "batch": {"llm", "engine", "loading"},
+    "server": {"batch", "engine"},
     "bench": {"llm", "engine", "loading"},
     "simulation": {"scheduling", "paging", "bench"},
     "llm": {"engine", "loading"},
