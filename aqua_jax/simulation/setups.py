@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 from aqua_jax.errors import ConfigError
@@ -18,13 +19,15 @@ from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
 from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.slices import SliceConfig
+from aqua_jax.simulation.aqua_reference import SLICE_STEPS, AquaReference
 from aqua_jax.simulation.links import CopyQueue
 from aqua_jax.simulation.machines import System
 from aqua_jax.simulation.simulator import SchedulerLike
+from aqua_jax.simulation.stores import SlotStore
 from aqua_jax.simulation.vtc import VirtualTokenCounter
 
-NAMES = (*POLICIES, "vllm", "vtc")
-SLICED = ("fair",)
+NAMES = (*POLICIES, "vllm", "vtc", "aqua_reference")
+SLICED = ("fair", "aqua_reference")
 _RECOMPUTING = ("fcfs", "vllm", "vtc")
 
 
@@ -105,13 +108,23 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
         stores = ()
     system = system if stores is None else system.with_links(stores)
     pool = PagePool(system.num_pages, system.page_tokens)
+    limited = min(limits.max_model_len, system.num_pages * system.page_tokens)
+    queue = CopyQueue(system.links, system.page_tokens)
+    if setup.policy == "aqua_reference":
+        config = SchedulerConfig(limits.max_num_seqs, limits.max_step_tokens, limited)
+        steps = SLICE_STEPS if setup.slice_steps is None else setup.slice_steps or sys.maxsize
+        return AquaReference(config, pool, make_stores(system), steps), queue
     growth = {"growth_tokens": 0} if setup.policy == "vllm" else {}
-    config = SchedulerConfig(
-        limits.max_num_seqs, limits.max_step_tokens,
-        min(limits.max_model_len, system.num_pages * system.page_tokens), **growth,
-    )
-    scheduler = Scheduler(config, make_policy(setup, limits), pool)
-    return scheduler, CopyQueue(system.links, system.page_tokens)
+    config = SchedulerConfig(limits.max_num_seqs, limits.max_step_tokens, limited, **growth)
+    return Scheduler(config, make_policy(setup, limits), pool), queue
+
+
+def make_stores(system: System) -> list[SlotStore]:
+    """The tiers of a machine, fastest first."""
+    return [
+        SlotStore(link.store, max(1, link.store_bytes // system.page_bytes), system.page_bytes)
+        for link in system.links
+    ]
 
 
 def make_policy(setup: Setup, limits: Limits) -> Policy:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from aqua_jax.bench.open_loop import SAMPLE_EVERY_S, Run, Sample, Served
 from aqua_jax.bench.traces import MOONCAKE_BLOCK, TraceRequest
 from aqua_jax.errors import SimulationError
+from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.limits import SchedulerCounters
 from aqua_jax.scheduling.plan import Plan
@@ -39,6 +40,10 @@ class SchedulerLike(Protocol):
     @property
     def num_live(self) -> int:
         """Sequences added and not ended."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a place in the steps."""
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
@@ -106,7 +111,7 @@ class Simulator:
 
     def __init__(
         self, scheduler: SchedulerLike, cost: StepCost, requests: Sequence_[TraceRequest], *,
-        queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int = RUN_AHEAD,
+        queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int | None = None,
         observer: Observer | None = None,
     ) -> None:
         """
@@ -116,15 +121,19 @@ class Simulator:
           requests: by arrival.
           queue: carries the moves; None: the scheduler plans none.
           host_s: the host's work per step.
-          run_ahead: steps dispatched beyond the one waited for.
+          run_ahead: steps dispatched beyond the one waited for; None: what the scheduler says,
+            or as the engine.
           observer: told about every plan.
         """
         self._scheduler = scheduler
         self._cost = cost
-        self._queue = queue or CopyQueue((), scheduler.pool.page_tokens)
+        self._queue = CopyQueue((), scheduler.pool.page_tokens) if queue is None else queue
+        self._stores: tuple[Store, ...] = tuple(getattr(scheduler, "stores", ()))
         self._residency: Any = getattr(scheduler, "residency", None)
         self._steps_wait = bool(getattr(scheduler, "steps_wait_for_moves", False))
         self._host_s = host_s
+        if run_ahead is None:
+            run_ahead = getattr(scheduler, "run_ahead", RUN_AHEAD)
         self._run_ahead = run_ahead
         self._observer = observer
         self._served = [Served(request, request.arrival_s) for request in requests]
@@ -134,7 +143,7 @@ class Simulator:
         self._pending: collections.deque[tuple[Plan, float]] = collections.deque()
         self._by_sequence: dict[Sequence, Served] = {}
         self._samples: list[Sample] = []
-        self._sent = self._started = self._finished = self._steps = 0
+        self._sent = self._started = self._finished = self._steps = self._taken = 0
         self._tokens = 1 << 60
 
     def run(self) -> Outcome:
@@ -152,7 +161,11 @@ class Simulator:
                 continue
             self._step()
         return Outcome(
-            Run(served, self._samples, scheduler.pool.num_pages), scheduler.counters, self._steps,
+            Run(
+                served, self._samples, scheduler.pool.num_pages,
+                {store.name: store.capacity for store in self._stores},
+            ),
+            scheduler.counters, self._steps,
             self._device_s, self._clock, self._queue.bytes_out, self._queue.bytes_in,
             self._queue.busy_s, self._wait_s,
         )
@@ -166,10 +179,11 @@ class Simulator:
                 seq_id=self._sent, request_id=str(self._sent),
                 tokens=prompt_of(request, self._sent),
                 max_total_tokens=request.prompt + request.output, arrival=one.due,
-                user=request.user, weight=request.weight,
+                priority=request.priority, user=request.user, weight=request.weight,
             )
             self._scheduler.add(sequence)
             self._by_sequence[sequence] = one
+            one.sent_step = self._taken
             self._sent += 1
 
     def _step(self) -> None:
@@ -203,6 +217,7 @@ class Simulator:
 
     def _take_in(self, plan: Plan, end: float) -> None:
         self._clock = max(self._clock, end)
+        self._taken += 1
         clock, scheduler, token = self._clock, self._scheduler, self._tokens
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -213,6 +228,7 @@ class Simulator:
             one = self._by_sequence[sequence]
             self._started += not one.tokens
             one.tokens.append(clock)
+            one.steps.append(self._taken)
             if len(sequence.tokens) >= sequence.max_total_tokens:
                 scheduler.finish(sequence)
                 self._finished += 1
@@ -223,7 +239,9 @@ class Simulator:
         if not self._samples or clock - self._samples[-1].time_s >= SAMPLE_EVERY_S or ended:
             self._samples.append(Sample(
                 clock, self._sent - self._started, self._sent - self._finished,
-                scheduler.pool.in_use,
+                scheduler.pool.in_use, scheduler.num_running,
+                {store.name: store.capacity - store.free_slots for store in self._stores},
+                self._queue.bytes_out, self._queue.bytes_in,
             ))
 
     def _idle(self) -> None:

@@ -137,6 +137,7 @@ class Stuck:
 
     def __init__(self) -> None:
         self.pool, self.counters, self.num_live = PagePool(1, 1), scheduler().counters, 0
+        self.num_running = 0
 
     def add(self, sequence: Sequence) -> None:
         self.num_live += 1
