@@ -193,12 +193,12 @@ class AquaReference:
     def _swap_out(self, sequence: Sequence) -> None:
         copies = self._copies.setdefault(sequence, [])
         dirty = max(0, len(copies) - 1)  # the last page of a copy has been written to since
-        for page in sequence.pages[len(copies) :]:
-            slot = self._slot()
-            if slot is None:
+        for _ in sequence.pages[len(copies) :]:
+            place = self._slot()
+            if place is None:
                 self._forget(sequence)
                 return
-            copies.append(slot)
+            copies.append(place)
         size = self.pool.page_tokens
         for page, (store, slot) in zip(sequence.pages[dirty:], copies[dirty:], strict=True):
             self._moves.append(Move(page, store, slot, 0, size, inward=False))

@@ -6,6 +6,7 @@ import heapq
 from typing import NamedTuple
 
 from aqua_jax.errors import ConfigError, StaleHandleError
+from aqua_jax.paging.moves import StoreSlot
 
 
 class SlotHandle(NamedTuple):
@@ -67,33 +68,33 @@ class SlotStore:
         self.peak = max(self.peak, self.in_use)
         return taken
 
-    def retain(self, slot: SlotHandle) -> None:
+    def retain(self, slot: StoreSlot) -> None:
         """Adds a reference."""
         self._references[self._index(slot)] += 1
 
-    def free(self, slot: SlotHandle) -> None:
+    def free(self, slot: StoreSlot) -> None:
         """Drops a reference; with the last one the slot is free."""
         index = self._index(slot)
         self._references[index] -= 1
         if self._references[index] == 0:
             heapq.heappush(self._free, index)
 
-    def fill(self, slot: SlotHandle, valid_tokens: int) -> None:
+    def fill(self, slot: StoreSlot, valid_tokens: int) -> None:
         """Notes how many tokens the slot holds now."""
         self._tokens[self._index(slot)] = valid_tokens
 
-    def valid_tokens(self, slot: SlotHandle) -> int:
+    def valid_tokens(self, slot: StoreSlot) -> int:
         """Tokens the slot holds."""
         return self._tokens[self._index(slot)]
 
-    def holds(self, slot: SlotHandle) -> bool:
+    def holds(self, slot: StoreSlot) -> bool:
         """Whether the handle is good and its content readable."""
         return self._good(slot) and self._tokens[slot.id] > 0
 
-    def _good(self, slot: SlotHandle) -> bool:
+    def _good(self, slot: StoreSlot) -> bool:
         return self._generations[slot.id] == slot.generation and self._references[slot.id] > 0
 
-    def _index(self, slot: SlotHandle) -> int:
+    def _index(self, slot: StoreSlot) -> int:
         if not self._good(slot):
             raise StaleHandleError(f"{slot} of store {self.name} has been freed")
         return slot.id
