@@ -63,7 +63,7 @@ class Part(NamedTuple):
     """Tokens of a page that were copied out together, and what their bytes summed to."""
 
     start: int
-    count: int
+    tokens: int
     checksum: int | None  # None: not computed
 
 

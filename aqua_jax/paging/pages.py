@@ -4,8 +4,9 @@ A page is in exactly one of three states, and `free + cached + in_use == num_pag
 
 - *free*: holds nothing worth keeping;
 - *in use*: at least one reference (a sequence's page table names it);
-- *cached*: no reference, but its content is known by a digest. It can be found again
-  (`find`, `retain`) until an allocation takes it.
+- *cached*: no reference, but its content is known by a digest, or its last owner means to come
+  back for it (`keep`). It can be found again (`find`, `alive`, `retain`) until an allocation
+  takes it.
 
 Pages are append-only: a full page never changes, so several sequences may hold it.
 
@@ -16,9 +17,9 @@ Order on the device: the pool says who *owns* a page now; it doesn't wait for di
 is safe because steps run on the device in the order in which they were planned: an earlier step
 that still writes a page freed since then runs before the step that reuses it.
 
-Which cached page goes first is an `Evictable`. Least recently used is here; farthest next use
-(time slices make use cyclic, where LRU never hits) is the same three methods over another
-structure. Lazy eviction of swapped-out pages is `release` into the same set.
+Which cached page goes first is an `Evictable`: the least recently used, or, where owners come back
+in turns, the one that is used again the latest (LRU never hits when use is cyclic). Cached
+prefixes and the pages of sequences that gave way are in one set.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+from sortedcontainers import SortedDict
 
 from aqua_jax.errors import PageError, StaleHandleError
 
@@ -40,8 +43,13 @@ class PageHandle(NamedTuple):
 class Evictable(Protocol):
     """The set of cached pages, with an order of eviction."""
 
-    def add(self, page: int) -> None:
-        """Put in a page that has just lost its last reference."""
+    def add(self, page: int, turn: int | None) -> None:
+        """Put in a page that has just lost its last reference.
+
+        Args:
+          page: not in the set.
+          turn: rises with the time of its next use's beginning to wait; None: nobody waits for it.
+        """
 
     def discard(self, page: int) -> None:
         """Take out a page that is referenced again; it must be in the set."""
@@ -58,7 +66,7 @@ class LeastRecentlyUsed:
     def __init__(self) -> None:
         self._pages: OrderedDict[int, None] = OrderedDict()
 
-    def add(self, page: int) -> None:
+    def add(self, page: int, turn: int | None) -> None:
         """Put in a page as the most recently used one."""
         self._pages[page] = None
 
@@ -72,6 +80,48 @@ class LeastRecentlyUsed:
 
     def __len__(self) -> int:
         return len(self._pages)
+
+
+class FarthestNextUse:
+    """Evicts first what nobody waits for, least recently used first; then the pages of the owner
+    that gave way last, its last page first: under time slices it comes back last (Belady's rule).
+    Every operation is O(1) but for an owner's first and last page, O(log owners)."""
+
+    def __init__(self) -> None:
+        self._unclaimed: OrderedDict[int, None] = OrderedDict()
+        self._turns: SortedDict = SortedDict()  # turn -> its pages
+        self._turn_of: dict[int, int] = {}
+
+    def add(self, page: int, turn: int | None) -> None:
+        """Put in a page, claimed by the owner of a turn or by nobody."""
+        if turn is None:
+            self._unclaimed[page] = None
+        else:
+            self._turn_of[page] = turn
+            self._turns.setdefault(turn, OrderedDict())[page] = None
+
+    def discard(self, page: int) -> None:
+        """Take out a page that is referenced again."""
+        turn = self._turn_of.pop(page, None)
+        if turn is None:
+            del self._unclaimed[page]
+            return
+        pages = self._turns[turn]
+        del pages[page]
+        if not pages:
+            del self._turns[turn]
+
+    def pop(self) -> int:
+        """Take out the page to lose next."""
+        if self._unclaimed:
+            return self._unclaimed.popitem(last=False)[0]
+        # An owner's pages are released last page first, so its first in the set is its last page.
+        page = next(iter(self._turns.peekitem(-1)[1]))
+        self.discard(page)
+        return page
+
+    def __len__(self) -> int:
+        return len(self._unclaimed) + len(self._turn_of)
 
 
 class PagePool:
@@ -93,6 +143,7 @@ class PagePool:
         self._references = [0] * num_pages
         self._digests: list[bytes | None] = [None] * num_pages
         self._by_digest: dict[bytes, int] = {}
+        self._turns: list[int | None] = [None] * num_pages  # whose owner means to come back, when
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is warm
         self._evictable: Evictable = LeastRecentlyUsed() if evictable is None else evictable
 
@@ -146,22 +197,58 @@ class PagePool:
         """Adds a reference to a page in use, or takes a cached one back into use."""
         page = self._check(handle)
         if self._references[page] == 0:
-            if self._digests[page] is None:
+            if not self._findable(page):
                 raise StaleHandleError(f"page {page} was released; its content is gone")
             self._evictable.discard(page)
         self._references[page] += 1
 
     def release(self, handle: PageHandle) -> None:
-        """Drops a reference; with the last one the page becomes cached (has a digest) or free."""
+        """Drops a reference; with the last one the page becomes cached (has a digest, or is kept)
+        or free."""
         page = self._check(handle)
         if self._references[page] == 0:
             raise PageError(f"page {page} is released more often than it was retained")
         self._references[page] -= 1
         if self._references[page] == 0:
-            if self._digests[page] is None:
-                self._free.append(page)
+            if self._findable(page):
+                self._evictable.add(page, self._turns[page])
             else:
-                self._evictable.add(page)
+                self._free.append(page)
+
+    def keep(self, handle: PageHandle, turn: int) -> None:
+        """Marks a page in use: its content stays, once released, until an allocation takes it.
+
+        Args:
+          handle: of a page with a reference.
+          turn: of its owner; those with lower ones come back earlier. Of several the lowest counts.
+        """
+        page = self._check(handle)
+        if self._references[page] == 0:
+            raise PageError(f"page {page} is not in use")
+        before = self._turns[page]
+        self._turns[page] = turn if before is None else min(before, turn)
+
+    def unkeep(self, handle: PageHandle) -> None:
+        """Ends what `keep` began; a page without reference and digest is free then."""
+        page = self._check(handle)
+        if self._turns[page] is None:
+            return
+        cached = self._references[page] == 0
+        if cached:
+            self._evictable.discard(page)
+        self._turns[page] = None
+        if cached and self._digests[page] is not None:
+            self._evictable.add(page, None)
+        elif cached:
+            self._free.append(page)
+
+    def alive(self, handle: PageHandle) -> bool:
+        """Whether what the handle was given for is still there, in use or cached; never raises."""
+        page, generation = handle
+        return (
+            0 <= page < self.num_pages and self._generations[page] == generation
+            and (self._references[page] > 0 or self._findable(page))
+        )
 
     def references(self, handle: PageHandle) -> int:
         """How many hold the page; 0 for a cached one."""
@@ -196,13 +283,19 @@ class PagePool:
         freed = 0
         while len(self._evictable):
             page = self._evictable.pop()
+            self._turns[page] = None
             self._free.append(page)
             freed += 1
         for page in list(self._by_digest.values()):
             self._forget(page)
+        self._turns = [None] * self.num_pages
         return freed
 
+    def _findable(self, page: int) -> bool:
+        return self._digests[page] is not None or self._turns[page] is not None
+
     def _forget(self, page: int) -> None:
+        self._turns[page] = None
         digest = self._digests[page]
         if digest is not None:
             del self._by_digest[digest]

@@ -57,13 +57,13 @@ class PrefixCache:
         """An empty chain that fits this cache's pages."""
         return DigestChain(self._pool.page_tokens, salt)
 
-    def match(self, chain: DigestChain, max_tokens: int) -> list[PageHandle]:
-        """The longest run of whole pages known from position 0, within `max_tokens` tokens.
+    def match(self, chain: DigestChain, max_tokens: int, first: int = 0) -> list[PageHandle]:
+        """The longest run of whole pages known from page `first` on, within `max_tokens` tokens.
 
         Neither retained nor counted: a caller that has to wait for memory may ask at each step.
         """
         handles: list[PageHandle] = []
-        for digest in chain.digests[: max_tokens // self._pool.page_tokens]:
+        for digest in chain.digests[first : max_tokens // self._pool.page_tokens]:
             handle = self._pool.find(digest)
             if handle is None:
                 break

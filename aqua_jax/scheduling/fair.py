@@ -31,11 +31,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import Load, Machine, WaitingBound, waiting_bound
+from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 from aqua_jax.scheduling.slices import SliceConfig, Slices
@@ -44,6 +45,7 @@ from aqua_jax.scheduling.virtual_time import Member, VirtualTimeQueue
 CREDIT_SLICES = 4  # head starts that can be saved up
 _LAG_SLICES = 16  # what a user who has all it asked for may be behind
 _LONG_SLICE = 256.0  # steps; what counts as a slice there when slices are infinite
+_LEAST_PREFILL_COST = 0.01  # a prompt is never free, whatever was measured
 _IDLE_USERS = 1024  # remembered users without requests, at least, before debts are swept
 
 
@@ -56,20 +58,16 @@ class FairConfig:
     """
 
     slices: SliceConfig = dataclasses.field(default_factory=SliceConfig)
-    prefill_cost: float = 0.25  # of one prompt token, in decode tokens
+    prefill_cost: float | None = None  # of one prompt token, in decode tokens; None: as measured
     decode_cost: float = 1.0
-    cost_per_byte: float = 0.0  # of a byte moved between tiers, in decode tokens
-    cost_per_second: float = 0.0  # of time on the critical path that is no token's
     user_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # others: 1
     credit_share: float = 0.1  # of all service, what newcomers may get ahead of their turn
 
     def __post_init__(self) -> None:
         for field in ("prefill_cost", "decode_cost"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ConfigError(field, getattr(self, field), "a number > 0")
-        for field in ("cost_per_byte", "cost_per_second"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ConfigError(field, getattr(self, field), "a number >= 0")
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(field, value, "a number > 0")
         if not 0 <= self.credit_share < 1:
             raise ConfigError("credit_share", self.credit_share, "from 0 to less than 1")
         if not all(0 < weight < math.inf for weight in self.user_weights.values()):
@@ -118,6 +116,21 @@ class Fair:
         self._num_waiting = 0
         self._num_users = 0
         self._credit = 0.0
+        self._costs: Costs | None = None
+        self._price: Callable[[Sequence], float] = lambda sequence: float(sequence.num_computed)
+
+    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
+        """What a prompt token costs, where the configuration doesn't say, and what a switch."""
+        self._costs, self._price = costs, price
+
+    @property
+    def prefill_cost(self) -> float:
+        """Of one prompt token, in decode tokens."""
+        if self.config.prefill_cost is not None:
+            return self.config.prefill_cost
+        if self._costs is None:
+            return 1.0
+        return min(max(self._costs.prefill, _LEAST_PREFILL_COST), 1.0)
 
     # The waiting queue.
 
@@ -128,7 +141,7 @@ class Fair:
             account = self._join(sequence)
         else:
             self._settle(account)
-            self.slices.spend(sequence.num_dropped)
+            self.slices.spend(sequence.switch_price)
             account.user.sequences.forgive(account, self._turn(account, self.slices.steps))
         user = account.user
         user.sequences.wait(account)
@@ -173,10 +186,11 @@ class Fair:
         between users."""
         account = self._accounts[sequence]
         steps, user = self.slices.steps, account.user
-        self.slices.spend(lost - sequence.num_dropped)
+        # What is computed again after all was lost; what isn't was paid for.
+        self.slices.spend(lost - (0.0 if sequence.swapped else sequence.switch_price))
         account.prefill_left, account.recompute_left = sequence.pending, lost
         account.slice_left = steps
-        account.prepaid = self.config.prefill_cost * sequence.pending
+        account.prepaid = self.prefill_cost * sequence.pending
         if steps != math.inf:
             ahead = min(steps, sequence.max_total_tokens - sequence.total_len)
             account.prepaid += self.config.decode_cost * ahead
@@ -197,10 +211,10 @@ class Fair:
             )
         ]
         owed.sort(key=_merit, reverse=True)
-        dropped, result = 0, []
+        price, result = 0.0, []
         for account in owed:
-            dropped += account.sequence.num_computed
-            if not self.slices.affords(dropped):
+            price += self._price(account.sequence)
+            if not self.slices.affords(price):
                 break
             result.append(account.sequence)
         return result
@@ -220,9 +234,16 @@ class Fair:
 
     # Service.
 
-    def on_service(
-        self, sequence: Sequence, *, tokens: int = 0, seconds: float = 0.0, moved_bytes: int = 0
-    ) -> None:
+    def leaving_next(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those whose slice ends first, without those that end before."""
+        accounts = [
+            account for account in map(self._accounts.__getitem__, running)
+            if account.sequence.max_total_tokens - account.sequence.total_len > account.slice_left
+        ]
+        accounts.sort(key=lambda account: account.slice_left)
+        return [account.sequence for account in accounts]
+
+    def on_service(self, sequence: Sequence, *, tokens: int = 0, price: float = 0.0) -> None:
         """Charges the user for what was not charged in advance, and the sequence beyond its
         slice."""
         account, config = self._accounts[sequence], self.config
@@ -236,9 +257,7 @@ class Fair:
             new += prefill - again
             sampled += account.prefill_left == 0  # the first token of a turn comes with its prompt
         self.slices.earn(new)
-        amount = config.prefill_cost * prefill + config.decode_cost * decodes
-        if moved_bytes or seconds:
-            amount += config.cost_per_byte * moved_bytes + config.cost_per_second * seconds
+        amount = self.prefill_cost * prefill + config.decode_cost * (decodes + price)
         self._credit += config.credit_share * amount
         account.prepaid -= amount
         if account.prepaid < 0.0:
@@ -290,13 +309,13 @@ class Fair:
                           / account.weight)
             output = sequence.max_total_tokens - sequence.prompt_len
             turns.append(
-                config.prefill_cost * sequence.prompt_len + config.decode_cost * min(steps, output)
+                self.prefill_cost * sequence.prompt_len + config.decode_cost * min(steps, output)
             )
         load = Load(
             sequences=len(self._accounts), users=len(self._active), longest=longest,
             inverse_share=max(shares),
             inverse_user_share=self._users.weight / min(u.weight for u in self._active.values()),
-            turn_ratio=(config.prefill_cost * longest + config.decode_cost * steps) / min(turns),
+            turn_ratio=(self.prefill_cost * longest + config.decode_cost * steps) / min(turns),
         )
         chunk = limits.max_chunk_tokens or limits.max_step_tokens
         return waiting_bound(load, Machine(

@@ -23,6 +23,10 @@ class SchedulerConfig:
     max_model_len: int  # tokens of one sequence, prompt and output
     max_chunk_tokens: int | None = None  # longest prompt chunk of a sequence; None: the step's
     growth_tokens: int = 48  # room to grow, per running sequence, that an admission must leave
+    # With stores below the pool.
+    max_moves: int = 256  # page copies that a step has room for
+    write_behind_pages: int = 8  # copied ahead of need, per step
+    move_steps: int = 3  # that a copy is expected to take at most, from plan to plan
 
     def __post_init__(self) -> None:
         for field in ("max_num_seqs", "max_model_len"):
@@ -35,8 +39,11 @@ class SchedulerConfig:
             )
         if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
             raise ConfigError("max_chunk_tokens", self.max_chunk_tokens, "an integer > 0 or None")
-        if self.growth_tokens < 0:
-            raise ConfigError("growth_tokens", self.growth_tokens, "an integer >= 0")
+        for field in ("growth_tokens", "write_behind_pages", "move_steps"):
+            if getattr(self, field) < 0:
+                raise ConfigError(field, getattr(self, field), "an integer >= 0")
+        if self.max_moves < 1:
+            raise ConfigError("max_moves", self.max_moves, "an integer > 0")
 
 
 @dataclasses.dataclass
@@ -47,6 +54,7 @@ class SchedulerCounters:
     tokens: int = 0  # computed, recomputed ones included
     recomputed_tokens: int = 0  # computed before, dropped, and not found in the prefix cache
     preemptions: int = 0
+    swaps: int = 0  # preemptions that kept what was computed
     switches: int = 0  # preemptions because somebody else's turn had come
     finished: int = 0
     aborted: int = 0

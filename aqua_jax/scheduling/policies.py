@@ -1,9 +1,8 @@
 """Policies: the order in which sequences are served, and who gives way.
 
 The scheduler knows pages, slots and budgets; a policy knows only order. `fcfs` and `priority` are
-here, `fair` has its own file. *Swapping* will plug in at `Scheduler._preempt`, the only place where
-a sequence loses its pages: a cost model chooses there between recompute and a store, and the plan
-carries the moves beside `copies`.
+here, `fair` has its own file. Whether what gives way is copied to a store or recomputed is no
+matter of policy: `fcfs_swap` is `fcfs` with stores below the pool.
 """
 
 from __future__ import annotations
@@ -17,13 +16,20 @@ from sortedcontainers import SortedKeyList
 from aqua_jax.errors import ConfigError
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import WaitingBound
+from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.fair import Fair
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 
+_WRITE_BEHIND = 4  # sequences of the worst rank whose pages are copied ahead
+
 
 class Policy(Protocol):
     """Who is served first. Holds the waiting queue; the scheduler holds everything else."""
+
+    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
+        """Called once, by the scheduler: what things cost, and what it costs the others when a
+        running sequence gives way, in decode tokens."""
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence into the waiting queue: new, forked, or preempted."""
@@ -47,7 +53,7 @@ class Policy(Protocol):
 
     def admitted(self, sequence: Sequence, lost: int) -> None:
         """A sequence has left the queue with a slot and pages; `lost` of its pending tokens were
-        computed before. `sequence.num_dropped` still tells what its preemption dropped."""
+        computed before. `sequence.switch_price` still tells what its preemption was to cost."""
 
     def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
         """Running sequences that may be made to give way to the head of the queue where it does
@@ -60,10 +66,12 @@ class Policy(Protocol):
         """Who gives up its pages. Candidates come last served first and end with the one in need;
         sequences already in the step are not among them."""
 
-    def on_service(
-        self, sequence: Sequence, *, tokens: int = 0, seconds: float = 0.0, moved_bytes: int = 0
-    ) -> None:
-        """Service a sequence received: the scheduler reports tokens, the engine the rest."""
+    def leaving_next(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Running sequences that are likely to give way soon, the likeliest first."""
+
+    def on_service(self, sequence: Sequence, *, tokens: int = 0, price: float = 0.0) -> None:
+        """Service a sequence received: tokens of a step, and the price of the copies that its
+        coming and going asks for, in decode tokens."""
 
     def on_finish(self, sequence: Sequence) -> None:
         """The sequence ended; it is in no queue any more."""
@@ -83,6 +91,9 @@ class _Ranked:
     def __init__(self, key: Callable[[Sequence], tuple[float, int]]) -> None:
         self._key = key
         self._waiting = SortedKeyList(key=key)
+
+    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
+        """Ranks don't depend on costs."""
 
     def push(self, sequence: Sequence) -> None:
         """Queues by rank."""
@@ -117,9 +128,11 @@ class _Ranked:
         """The worst rank, be it the one in need itself."""
         return next(candidates)
 
-    def on_service(
-        self, sequence: Sequence, *, tokens: int = 0, seconds: float = 0.0, moved_bytes: int = 0
-    ) -> None:
+    def leaving_next(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """The worst ranks: they go when pages run short."""
+        return sorted(running, key=self._key, reverse=True)[:_WRITE_BEHIND]
+
+    def on_service(self, sequence: Sequence, *, tokens: int = 0, price: float = 0.0) -> None:
         """Service doesn't change ranks."""
 
     def on_finish(self, sequence: Sequence) -> None:
@@ -165,5 +178,6 @@ class StrictPriority(_Ranked):
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
-    "fair": Fair, "fcfs": FirstComeFirstServed, "priority": StrictPriority,
+    "fair": Fair, "fcfs": FirstComeFirstServed, "fcfs_swap": FirstComeFirstServed,
+    "priority": StrictPriority,
 }

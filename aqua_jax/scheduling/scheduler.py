@@ -8,10 +8,10 @@ One call of `plan` goes through these stages.
    slot and pages here, and its first chunk in stage 1, within what decodes leave of the budget.
 1. *Running sequences*, in the policy's order. Decodes need one token each, and one token of the
    budget is set aside for every decode still to come, so a long prompt never holds up a decode.
-   A sequence that needs a page when none is left makes the policy's victim give way by recompute:
-   the victim drops its pages and slot and goes back to its place in the queue. But while some
-   sequence only waits for its last token to arrive, its pages are about to come back, and the
-   one in need sits out a step instead: cheaper than recomputing hundreds of tokens.
+   A sequence that needs a page when none is left makes the policy's victim give way: the victim
+   loses its pages and slot and goes back to its place in the queue. But while some sequence only
+   waits for its last token to arrive, or pages are being copied to a store, pages are about to
+   come back, and the one in need sits out a step instead.
 2. *Waiting sequences*, in the policy's order, unless pages ran short in stage 1. Admission takes
    the pages of all known tokens at once (so a half-done prefill is never short of pages) and asks
    that the growth of everyone admitted over the next `growth_tokens` tokens fits as well. Zero
@@ -22,6 +22,14 @@ One call of `plan` goes through these stages.
 3. *Commit.* Counts advance, full pages become findable, and forks of a prompt just computed
    become eligible. Nothing planned in stages 1 and 2 is visible to look-ups before this, so no
    sequence ever reads KV that the same step writes.
+
+*With stores below the pool* (`paging.residency`) giving way is cheap, and four things differ.
+Whoever gives way is copied out, or recomputed where that costs less (`cost`); its pages come free
+when the copies have ended, at once if they were made ahead (*write-behind*: full pages of the
+sequences next to go, while anybody waits). Whoever comes back holds slot and pages while its own
+are copied in, and runs once they have arrived. Pages that will be short within a few steps make
+the victim go now, so that nobody sits out while they are copied (`_make_room`). And newcomers need
+no room to grow: what they displace comes back cheaply, and their first token doesn't wait for it.
 
 Running ahead. `plan` for step n+1 is called while step n is on the device, and perhaps before the
 tokens of n or n-1 are known: `num_inflight` counts them, to any depth. A sequence whose length
@@ -37,17 +45,22 @@ sequences that run.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from aqua_jax.errors import SequenceStateError
-from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+from aqua_jax.paging.moves import Move
+from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.bounds import WaitingBound
+from aqua_jax.scheduling.cost import Costs
+from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.policies import Policy
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slots import Slots
+
+_AHEAD_STEPS = 3  # a copy handed over now has ended, and is known to have, after two or three
 
 
 @dataclasses.dataclass
@@ -60,15 +73,11 @@ class _Draft:
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
     pages_coming: bool = False  # some sequence only waits for its last token
     pages_short: bool = False  # a running sequence was refused a page
+    awaited: int = 0  # pages that sequences sit out for
 
     def add(self, sequence: Sequence, count: int, pending: int) -> None:
         self.chunks.append(Chunk(sequence, sequence.num_computed, count, count == pending))
         self.budget -= count
-
-    def drop(self, sequence: Sequence) -> None:
-        """A sequence lost its pages; a copy into one of them must not hit its next owner."""
-        self.preempted.append(sequence)
-        self.copies.pop(sequence, None)
 
 
 class Scheduler:
@@ -80,12 +89,26 @@ class Scheduler:
         policy: Policy,
         pool: PagePool,
         prefix: PrefixCache | None = None,
+        residency: Residency | None = None,
+        costs: Costs | None = None,
     ) -> None:
-        """`prefix` is a cache over the same pool; None turns prefix caching off."""
+        """
+        Args:
+          config: limits.
+          policy: who comes first.
+          pool: pages.
+          prefix: a cache over the same pool; None turns prefix caching off.
+          residency: stores below the same pool; None: whoever gives way is recomputed.
+          costs: what was measured so far; None: nothing was.
+        """
         self.config = config
         self.policy = policy
         self.pool = pool
         self.prefix = prefix
+        self.residency = residency
+        self.costs = costs or Costs(pool.page_tokens)
+        self.holdings = Holdings(pool, prefix, residency)
+        policy.bind(self.costs, self._price)
         self.slots = Slots(config.max_num_seqs)
         self.counters = SchedulerCounters()
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
@@ -133,13 +156,28 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when nothing can run before a token arrives or one is added."""
-        draft = _Draft(self.config.max_step_tokens)
         self.policy.begin(now, len(self._running))
+        draft, plan = self._draft(now)
+        if plan is None and draft.preempted:  # the way is free now, for whoever went or another
+            again, plan = self._draft(now)
+            if plan is not None:
+                plan = dataclasses.replace(
+                    plan, preempted=tuple(dict.fromkeys(draft.preempted + again.preempted))
+                )
+        return plan
+
+    def _draft(self, now: float) -> tuple[_Draft, Plan | None]:
+        draft = _Draft(self.config.max_step_tokens)
+        if self.residency is not None:
+            self.residency.cancel_unwanted()
+            for owner in self.residency.take_failed():
+                assert isinstance(owner, Sequence)
+                self._lose(owner, draft)
         self._take_turns(draft, now)
         self._serve_running(draft, now)
         if not draft.pages_short:
             self._admit_waiting(draft, now)
-        return self._commit(draft) if draft.chunks else None
+        return draft, self._commit(draft)
 
     def accept(self, sequence: Sequence, token: int) -> None:
         """Takes a sampled token that has reached the host, in the order of sampling.
@@ -153,7 +191,7 @@ class Scheduler:
             raise SequenceStateError(f"{sequence} awaits no token")
         sequence.tokens.append(token)
         sequence.num_inflight -= 1
-        self._register(sequence)
+        self.holdings.register(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence that has all it needs; its pages and slot are free for the next plan.
@@ -174,16 +212,21 @@ class Scheduler:
 
         Tokens in flight are lost and will be sampled again; no page holds anything.
         """
+        if self.residency is not None:
+            self.residency.abandon()
         for sequence in list(self._running):
-            self._preempt(sequence)
+            self._preempt(sequence, None)
         for sequence in self._live:
             sequence.num_inflight = 0
+            if self.residency is not None:
+                self.residency.trim(sequence, len(sequence.tokens) - 1)
         self.pool.forget_cached()
 
     def waiting_bound(self, run_ahead: int = 1) -> WaitingBound | None:
         """How long a runnable sequence can wait under the present load, in steps; None if the
         policy promises nothing or nobody is live. Looks at every live sequence."""
-        return self.policy.waiting_bound(self.config, self.pool, run_ahead)
+        moves = 0 if self.residency is None else 2 * self.config.move_steps  # out, and in
+        return self.policy.waiting_bound(self.config, self.pool, run_ahead + moves)
 
     # Stage 0: turns.
 
@@ -199,50 +242,40 @@ class Scheduler:
             if unfinished < 0:
                 unfinished = sum(s.pending for s in self._running if s.pending > 1)
                 growth = sum(map(self._growth, self._running))
-            if unfinished >= self.config.max_step_tokens - len(self._running):
+            found = self.holdings.find(head)
+            pending = head.total_len - found.tokens
+            if pending > 1 and unfinished >= self.config.max_step_tokens - len(self._running):
                 return  # its prompt could not begin in this step
             growth += self._growth(head)
-            victims = self._room_for(head, yielding, growth)
+            victims = self._room_for(head, found, yielding, self._headroom(head, growth))
             for victim in victims:
                 growth -= self._growth(victim)
-                self._preempt(victim)
-                draft.drop(victim)
+                self._preempt(victim, draft)
             self.counters.switches += len(victims)
-            if not victims or not self._admit(head, draft, growth):
+            if not victims or not self._admit(head, self.holdings.find(head), draft, growth):
                 return
             unfinished += head.pending
 
     def _room_for(
-        self, head: Sequence, yielding: list[Sequence], growth: int
+        self, head: Sequence, found: Found, yielding: list[Sequence], growth: int
     ) -> list[Sequence]:
         """The first of `yielding`, as many as must go so that `head` fits; none if it fits
         without, or not even when all go: then nobody goes, and what comes free is kept for it."""
         parent = head.parent
-        shared, _, _ = self._reusable(head)
         others = [sequence for sequence in yielding if sequence is not parent]
-        victims = self._enough(head, others, shared, growth)
+        victims = self._enough(head, others, found, growth)
         if not victims and parent in yielding:  # it goes as well, and there is nothing to share
-            victims = self._enough(head, yielding, [], growth)
+            victims = self._enough(head, yielding, Found([], 0), growth)
         return victims
 
     def _enough(
-        self, head: Sequence, yielding: list[Sequence], shared: list[PageHandle], growth: int
+        self, head: Sequence, yielding: list[Sequence], found: Found, growth: int
     ) -> list[Sequence]:
-        pool = self.pool
-        fresh = pool.pages_for(head.total_len) - len(shared)
-        missing = fresh + sum(pool.references(page) == 0 for page in shared)
-        missing += growth - pool.available
+        missing = self.holdings.demand(head, found) + growth - self.holdings.available
         if missing <= 0 and self.slots.available:
             return []
-        gains = [len(victim.pages) + self._growth(victim) for victim in yielding]
-        if sum(gains) < missing:
-            return []
-        kept, released = set(shared), Counter[PageHandle]()
-        for index, victim in enumerate(yielding):
-            missing -= self._growth(victim)
-            for page in victim.pages:
-                released[page] += 1
-                missing -= page not in kept and released[page] == pool.references(page)
+        for index, gain in enumerate(self.holdings.freed_by(yielding, found.shared)):
+            missing -= gain + self._growth(yielding[index])
             if missing <= 0:
                 return yielding[: index + 1]
         return []
@@ -251,8 +284,12 @@ class Scheduler:
 
     def _serve_running(self, draft: _Draft, now: float) -> None:
         order = self.policy.running_order(self._running, now)
-        runnable = [sequence for sequence in order if not sequence.complete]
-        draft.pages_coming = len(runnable) < len(order)
+        runnable = [s for s in order if not s.complete and self.holdings.ready(s)]
+        ending = [s for s in order if s.complete]
+        draft.pages_coming = bool(ending)
+        if self.residency is not None:
+            coming = sum(len(sequence.pages) for sequence in ending)
+            runnable = self._make_room(runnable, coming, draft)
         demands = [sequence.pending for sequence in runnable]
         decodes_to_come = demands.count(1)
         for index, sequence in enumerate(runnable):
@@ -265,35 +302,111 @@ class Scheduler:
             if count > 0 and self._grow(sequence, count, draft, runnable, index):
                 draft.add(sequence, count, pending)
 
+    def _make_room(
+        self, runnable: list[Sequence], coming: int, draft: _Draft
+    ) -> list[Sequence]:
+        """Makes sequences go before pages run short, for copying them takes a step or two.
+
+        Args:
+          runnable: in the policy's order.
+          coming: pages of sequences that end in a moment.
+          draft: of this plan.
+
+        Returns:
+          Those that stay.
+        """
+        def needs(sequence: Sequence) -> int:
+            soon = min(sequence.total_len + _AHEAD_STEPS, sequence.max_total_tokens - 1)
+            return max(0, self.pool.pages_for(soon) - len(sequence.pages))
+
+        short = sum(map(needs, runnable)) - coming - self.holdings.available
+        while short > 0 and len(runnable) > 1:
+            victim = self.policy.victim(reversed(runnable))
+            runnable.remove(victim)
+            short -= needs(victim) + self.holdings.freed_by([victim], ())[0]
+            self._preempt(victim, draft)
+        return runnable
+
     def _grow(
         self, sequence: Sequence, count: int, draft: _Draft, runnable: list[Sequence], index: int
     ) -> bool:
         """Gives `runnable[index]` the pages of its next `count` tokens; False if it can't run."""
-        missing = self.pool.pages_for(sequence.num_computed + count) - len(sequence.pages)
-        while missing > 0:
-            pages = self.pool.allocate(missing)
-            if pages is not None:
-                sequence.pages += pages
-                return True
+        known = sequence.num_computed + count
+        missing = self.pool.pages_for(known) - len(sequence.pages)
+        while not self.holdings.extend(sequence, known):
             draft.pages_short = True
             if draft.pages_coming:
                 return False
+            if draft.awaited + missing <= self.holdings.leaving:
+                draft.awaited += missing  # it gets the pages of somebody who has given way
+                return False
             unplanned = (runnable[i] for i in range(len(runnable) - 1, index - 1, -1))
             victim = self.policy.victim(s for s in unplanned if s.status is Status.RUNNING)
-            self._preempt(victim)
-            draft.drop(victim)
+            self._preempt(victim, draft)
             if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes pages and slot away; the KV will be recomputed from the tokens."""
+    def _preempt(self, sequence: Sequence, draft: _Draft | None) -> None:
+        """Takes pages and slot away. The KV goes to a store, or is recomputed from the tokens.
+
+        Args:
+          sequence: running.
+          draft: of the present plan; None: the pool's content is gone, and what is in a store
+            already is all there is.
+        """
+        computed = sequence.num_computed
         sequence.preemptions += 1
-        sequence.num_dropped = sequence.num_computed
+        sequence.num_dropped = computed
         self.counters.preemptions += 1
-        self._vacate(sequence)
+        if draft is not None:
+            draft.preempted.append(sequence)
+            # A copy into one of its pages must not hit the next owner; without it, though, the page
+            # is empty.
+            if draft.copies.pop(sequence, None) is not None:
+                computed -= computed % self.pool.page_tokens
+        unsaved = self.holdings.unsaved(sequence, computed)
+        sequence.swapped = draft is not None and self._swaps(computed, unsaved)
+        sequence.switch_price = float(computed)
+        keep = 0
+        if sequence.swapped:
+            keep = computed
+            sequence.switch_price = self.costs.swap(computed, unsaved)
+            self.counters.swaps += 1
+            self.policy.on_service(sequence, price=self.costs.swap(0, unsaved))
+        elif draft is None:
+            keep = computed - unsaved
+        self._vacate(sequence, keep)
         sequence.status = Status.WAITING
         self._enqueue(sequence)
+
+    def _lose(self, sequence: Sequence, draft: _Draft) -> None:
+        """Pages of a sequence did not arrive: it goes back to the queue with those that did."""
+        assert self.residency is not None
+        sound = self.residency.sound_tokens(sequence)
+        sequence.preemptions += 1
+        sequence.num_dropped = sequence.num_computed
+        sequence.swapped, sequence.switch_price = True, 0.0
+        self.counters.preemptions += 1
+        self._vacate(sequence, min(sound, sequence.num_computed))
+        sequence.status = Status.WAITING
+        draft.preempted.append(sequence)
+        self._enqueue(sequence)
+
+    def _swaps(self, computed: int, unsaved: int) -> bool:
+        """Whether copying out and back is cheaper than recomputing."""
+        return (
+            self.residency is not None and computed > 0 and self.residency.usable
+            and self.costs.swap(computed, unsaved) <= self.costs.recompute(computed)
+        )
+
+    def _price(self, sequence: Sequence) -> float:
+        """What it costs the others when a sequence gives way, in decode tokens at most."""
+        computed = sequence.num_computed
+        unsaved = self.holdings.unsaved(sequence, computed)
+        if self._swaps(computed, unsaved):
+            return self.costs.swap(computed, unsaved)
+        return float(computed)
 
     # Stage 2: waiting sequences.
 
@@ -306,10 +419,11 @@ class Scheduler:
             if growth is None:
                 growth = sum(map(self._growth, self._running))
             growth += self._growth(sequence)
-            if not self._admit(sequence, draft, growth):
+            if not self._admit(sequence, self.holdings.find(sequence), draft, growth):
                 return
-            count = min(sequence.pending, draft.budget, self._chunk_limit)
-            draft.add(sequence, count, sequence.pending)
+            if self.holdings.ready(sequence):
+                count = min(sequence.pending, draft.budget, self._chunk_limit)
+                draft.add(sequence, count, sequence.pending)
 
     def _head(self, now: float) -> Sequence | None:
         """The head of the queue, if it can be admitted as far as its tokens are concerned."""
@@ -324,37 +438,37 @@ class Scheduler:
 
     def _growth(self, sequence: Sequence) -> int:
         """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
-        policy with slices, in a whole slice if that is longer, counted from the pages it has."""
+        policy with slices, in a whole slice if that is longer, counted from the pages it has.
+        With stores the shorter of the two, for running short costs little then."""
         known, slice_steps = sequence.total_len, int(self.policy.growth_steps)
         horizon = max(self.config.growth_tokens, slice_steps)
+        if self.residency is not None and slice_steps:
+            horizon = min(self.config.growth_tokens, slice_steps)
         soon = min(known + horizon, sequence.max_total_tokens - 1)
         if slice_steps and sequence.pages:
             return max(0, self.pool.pages_for(soon) - len(sequence.pages))
         return max(0, self.pool.pages_for(soon) - self.pool.pages_for(known))
 
-    def _admit(self, sequence: Sequence, draft: _Draft, growth: int) -> bool:
+    def _headroom(self, sequence: Sequence, growth: int) -> int:
+        """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
+        return 0 if self.residency is not None and sequence.preemptions == 0 else growth
+
+    def _admit(self, sequence: Sequence, found: Found, draft: _Draft, growth: int) -> bool:
         """Gives a waiting sequence its slot and the pages of its tokens."""
-        pool = self.pool
-        shared, source, computed = self._reusable(sequence)
-        fresh = pool.pages_for(sequence.total_len) - len(shared)
-        taken = fresh + sum(pool.references(page) == 0 for page in shared)
-        if taken + growth > pool.available:
+        room = self._headroom(sequence, growth)
+        if self.holdings.demand(sequence, found) + room > self.pool.available:
             return False
-        for page in shared:  # before allocating, which may evict what nobody holds
-            pool.retain(page)
-        pages = pool.allocate(fresh)
         slot = self.slots.acquire()
-        if pages is None or slot is None:
-            raise SequenceStateError(f"{sequence}: pages or slots changed during a plan")
-        if source is not None:
-            draft.copies[sequence] = (source.id, pages[0].id)
+        if slot is None:
+            raise SequenceStateError(f"{sequence}: slots changed during a plan")
+        copy = self.holdings.take(sequence, found)
+        if copy is not None:
+            draft.copies[sequence] = copy
         self.policy.remove(sequence)
         self._running[sequence] = None
         sequence.status = Status.RUNNING
         sequence.slot, sequence.epoch = slot
-        sequence.pages = shared + pages
-        sequence.num_computed = computed
-        sequence.num_registered = len(shared)
+        computed = sequence.num_computed
         if sequence.parent is None:  # what forks share is no merit of the cache
             if sequence.preemptions == 0:
                 sequence.num_cached_tokens = computed
@@ -364,64 +478,52 @@ class Scheduler:
         sequence.num_lost += lost
         self.counters.recomputed_tokens += lost
         self.policy.admitted(sequence, lost)
+        brought = sum(count for home, _, count in found.kept if home is None)
+        if brought:
+            self.policy.on_service(sequence, price=self.costs.swap(brought, 0))
         sequence.num_dropped = 0
         return True
 
-    def _reusable(self, sequence: Sequence) -> tuple[list[PageHandle], PageHandle | None, int]:
-        """What needn't be computed: (pages to share, page to copy, tokens they hold).
-
-        At least one token is left to compute, for something has to be sampled from. A page that
-        is partly filled is still being written by its owner, so it is copied, not shared; the
-        owner can't lose it in this plan, because nobody is preempted once admission has begun.
-        """
-        if sequence.no_prefix_read:
-            return [], None, 0
-        size = self.pool.page_tokens
-        pages: list[PageHandle] = []
-        if self.prefix is not None and sequence.chain is not None:
-            pages = self.prefix.match(sequence.chain, sequence.total_len - 1)
-        parent, prompt = sequence.parent, sequence.prompt_len - 1
-        if (
-            parent is not None
-            and parent.status is Status.RUNNING
-            and parent.num_computed >= prompt > len(pages) * size
-        ):
-            whole = prompt // size
-            return parent.pages[:whole], parent.pages[whole] if prompt % size else None, prompt
-        return pages, None, len(pages) * size
-
     # Stage 3: commit.
 
-    def _commit(self, draft: _Draft) -> Plan:
+    def _write_behind(self) -> None:
+        """Copies full pages of those that will give way next, so that their places come free at
+        once. They were computed by steps already dispatched: no count has advanced yet."""
+        if not len(self.policy) or self.residency is None or not self.residency.usable:
+            return
+        limit, size = self.config.write_behind_pages, self.pool.page_tokens
+        for sequence in self.policy.leaving_next(self._running):
+            if limit <= 0:
+                return
+            if self.holdings.ready(sequence) and not sequence.complete:
+                full = sequence.num_computed // size * size
+                if full > self.residency.backed_tokens(sequence):
+                    limit -= self.residency.back(sequence, sequence.pages, full, limit)
+
+    def _commit(self, draft: _Draft) -> Plan | None:
+        moves: tuple[Move, ...] = ()
+        if self.residency is not None:
+            self._write_behind()
+            moves = self.residency.take_moves(self.config.max_moves)
+        if not draft.chunks and not moves:
+            return None
         num_tokens = self.config.max_step_tokens - draft.budget
         for chunk in draft.chunks:
             sequence = chunk.sequence
             sequence.num_computed += chunk.count
             if chunk.sample:
                 sequence.num_inflight += 1
-            self._register(sequence)
+            self.holdings.register(sequence)
             self.policy.on_service(sequence, tokens=chunk.count)
             if sequence in self._held and sequence.num_computed >= sequence.prompt_len - 1:
                 self._release_forks(sequence)
         plan = Plan(
             self.counters.plans, tuple(draft.chunks), tuple(draft.copies.values()),
-            tuple(draft.preempted), num_tokens,
+            tuple(draft.preempted), num_tokens, moves,
         )
         self.counters.plans += 1
         self.counters.tokens += num_tokens
         return plan
-
-    def _register(self, sequence: Sequence) -> None:
-        """Makes pages findable that are full of tokens known here and dispatched there."""
-        if self.prefix is None or sequence.chain is None:
-            return
-        full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.page_tokens
-        if full <= sequence.num_registered:
-            return
-        sequence.chain.extend(sequence.tokens)
-        for index in range(sequence.num_registered, full):
-            self.prefix.register(sequence.pages[index], sequence.chain.digests[index])
-        sequence.num_registered = full
 
     # Queues.
 
@@ -447,24 +549,24 @@ class Scheduler:
         for fork in self._held.pop(parent, ()):
             self.policy.push(fork)
 
-    def _vacate(self, sequence: Sequence) -> None:
-        release_all(self.pool, sequence.pages)
+    def _vacate(self, sequence: Sequence, keep: int) -> None:
+        self.holdings.give_up(sequence, keep=keep)
         self.slots.release(sequence.slot, sequence.epoch)
         del self._running[sequence]
-        sequence.pages = []
         sequence.slot = sequence.epoch = -1
-        sequence.num_computed = sequence.num_registered = 0
 
     def _end(self, sequence: Sequence) -> None:
         if sequence not in self._live:
             raise SequenceStateError(f"{sequence} is not live: ended before, or never added")
         forks = self._held.get(sequence.parent, []) if sequence.parent is not None else []
         if sequence.status is Status.RUNNING:
-            self._vacate(sequence)
+            self._vacate(sequence, 0)
         elif sequence in forks:
             forks.remove(sequence)
         else:
             self.policy.remove(sequence)
+        if self.residency is not None:
+            self.residency.drop(sequence)
         sequence.status = Status.FINISHED
         self._live.remove(sequence)
         self._release_forks(sequence)

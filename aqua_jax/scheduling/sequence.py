@@ -13,7 +13,7 @@ class Status(enum.Enum):
     """Where a sequence is in its life."""
 
     WAITING = enum.auto()  # holds no page and no slot: new, or preempted
-    RUNNING = enum.auto()  # holds a slot and the pages of all it has computed
+    RUNNING = enum.auto()  # holds a slot and the pages of all it has computed, or that arrive
     FINISHED = enum.auto()  # holds nothing and never will again
 
 
@@ -55,6 +55,8 @@ class Sequence:
     num_dropped: int = dataclasses.field(default=0, init=False)  # KV tokens of the last preemption
     num_lost: int = dataclasses.field(default=0, init=False)  # dropped and computed again, in all
     preemptions: int = dataclasses.field(default=0, init=False)
+    swapped: bool = dataclasses.field(default=False, init=False)  # the last time it gave way
+    switch_price: float = dataclasses.field(default=0.0, init=False)  # of that, in decode tokens
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)

@@ -2,7 +2,8 @@
 
 A slice is the number of decode steps that an admitted sequence may count on. After them it goes on
 until somebody who has had less needs its place. Short slices give early first tokens and short
-gaps; each switch costs, today a recomputation of everything the sequence knows.
+gaps; each switch costs copies to a store and back, or without one a recomputation of everything the
+sequence knows (`cost.py`).
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ class Slices:
         """Tokens were computed for the first time."""
         self._budget = min(self._budget + self._rate * tokens, self._rate * _SAVINGS_TOKENS)
 
-    def spend(self, tokens: int) -> None:
-        """A switch dropped the KV of so many tokens (negative: some were found again)."""
+    def spend(self, tokens: float) -> None:
+        """A switch costs as much as so many tokens (negative: less than was charged before)."""
         self._budget -= tokens
 
-    def affords(self, tokens: int) -> bool:
-        """Whether a switch may drop so many tokens."""
+    def affords(self, tokens: float) -> bool:
+        """Whether a switch may cost so many tokens."""
         return not self._auto or tokens <= self._budget

@@ -17,6 +17,7 @@ from aqua_jax.paging.pages import PageHandle
 from aqua_jax.scheduling.plan import Plan
 from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.sequence import Sequence, Status
+from tests.scheduling.fake_copies import FakeCopies
 
 STOP = 0  # the token that ends sequences which stop at it
 VOCABULARY = 8
@@ -66,7 +67,8 @@ class FakeDevice:
         self._size = scheduler.pool.page_tokens
         self._rng = rng
         self._queue: collections.deque[_Step] = collections.deque()
-        self._kv: dict[tuple[int, int], int] = {}  # (page id, offset)
+        self.copies: FakeCopies | None = None  # for a scheduler with stores
+        self.kv: dict[tuple[int, int], int] = {}  # (page id, offset)
         self._written: set[tuple[PageHandle, int]] = set()
         self._last_tokens: dict[int, int] = {}  # by slot
         self.expected: dict[Sequence, list[int]] = {}
@@ -87,7 +89,7 @@ class FakeDevice:
         return expected_tokens(more, False)[len(tokens) :]
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return sum(bool(step.plan.chunks) for step in self._queue)
 
     def dispatch(self, plan: Plan) -> None:
         """Takes a snapshot of what the engine would send, checking pages and slots."""
@@ -105,7 +107,8 @@ class FakeDevice:
                 if (index + 1) * self._size > chunk.start and index * self._size < (
                     chunk.start + chunk.count
                 ):
-                    assert pool.references(page) == 1, "a page that is written has one owner"
+                    # Beside its owner only copies of what it held before.
+                    assert pool.references(page) == 1 + self._scheduler.holdings.pins(page)
                     assert page.id not in writers
                     writers.add(page.id)
         assert len({sequence.slot for sequence in sequences}) == len(sequences)
@@ -115,14 +118,18 @@ class FakeDevice:
         ))
 
     def read(self) -> list[tuple[Sequence, int]]:
-        """Executes the oldest step; returns the sampled tokens."""
+        """Executes the oldest step with chunks, and those before it; returns the sampled tokens."""
+        self.hand_over()
         step = self._queue.popleft()
+        if self.copies is not None:
+            self.copies.hand_over(step.plan.moves)
+            self.copies.work()
         copies = list(step.plan.copies)
         self._rng.shuffle(copies)
         for source, target in copies:
             for offset in range(self._size):
-                if (source, offset) in self._kv:
-                    self._kv[target, offset] = self._kv[source, offset]
+                if (source, offset) in self.kv:
+                    self.kv[target, offset] = self.kv[source, offset]
         work = list(zip(step.plan.chunks, step.tables, step.slots, step.tokens, strict=True))
         self._rng.shuffle(work)
         for chunk, table, *_ in work:  # before anything is written: no chunk sees another's
@@ -139,20 +146,29 @@ class FakeDevice:
                 page, offset = table[position // self._size], position % self._size
                 assert (page, offset) not in self._written, "a position is written once"
                 self._written.add((page, offset))
-                self._kv[page.id, offset] = state
+                self.kv[page.id, offset] = state
             if chunk.sample:
                 token = sample(state, sequence.sample_index)
                 self._last_tokens[slot] = token
                 sampled.append((sequence, token))
         return sampled
 
+    def hand_over(self) -> None:
+        """Executes the oldest steps as long as they are nothing but moves."""
+        while self._queue and not self._queue[0].plan.chunks:
+            step = self._queue.popleft()
+            assert self.copies is not None
+            self.copies.hand_over(step.plan.moves)
+
     def lose_everything(self) -> None:
         """A step fails: what is in flight and what the pool held are gone."""
         self._queue.clear()
-        self._kv.clear()
+        self.kv.clear()
+        if self.copies is not None:
+            self.copies.lose_everything()
 
     def _at(self, table: list[PageHandle], position: int) -> int:
-        return self._kv[table[position // self._size].id, position % self._size]
+        return self.kv[table[position // self._size].id, position % self._size]
 
     def _check_read(self, sequence: Sequence, table: list[PageHandle], position: int) -> None:
         assert self._at(table, position) == self._states[sequence][position], (
@@ -181,14 +197,30 @@ class FakeEngine:
         self.scheduler.abort(sequence)
         self.ended[sequence] = "abort"
 
+    def boundary(self) -> None:
+        """What comes before a plan."""
+        copies = self.device.copies
+        if copies is not None:
+            if not len(self.device):
+                self.device.hand_over()
+            copies.work()
+            copies.report()
+            copies.respond()
+
     def step(self) -> Plan | None:
         """One turn of the engine's loop."""
+        self.boundary()
         plan = self.scheduler.plan(0.0)
         if plan is not None:
             self.device.dispatch(plan)
         if len(self.device) > (self.run_ahead if plan is not None else 0):
             self._take_in()
         return plan
+
+    def recover(self) -> None:
+        """A step has failed: start over from tokens, and from what is in stores."""
+        self.device.lose_everything()
+        self.scheduler.reset()
 
     def _take_in(self) -> None:
         for sequence, token in self.device.read():

@@ -432,13 +432,13 @@ def test_service_that_nobody_waited_for_is_free() -> None:
     assert abs(one - other) <= 2 * (4 + 0.25 * 4)  # no more than the slices first granted
 
 
-def test_moved_bytes_and_seconds_are_service() -> None:
-    house = House(fair(4, cost_per_byte=1e-6, cost_per_second=100.0), max_num_seqs=1)
+def test_copies_are_service() -> None:
+    house = House(fair(4), max_num_seqs=1)
     paying, other = (house.add(4, 200, user=user) for user in "ab")
     for _ in range(20):
         house.step()
     running = next(iter(house.scheduler._running))
-    house.scheduler.policy.on_service(running, moved_bytes=30_000_000, seconds=0.1)  # 40 tokens
+    house.scheduler.policy.on_service(running, price=40.0)  # decode tokens
     before = house.tokens_of.copy()
     for _ in range(40):
         house.step()

@@ -55,7 +55,8 @@ def test_early_arrivals_run_first_and_the_latest_gives_way(arrivals, random):
 
 def test_policies_have_names():
     assert POLICIES == {
-        "fair": Fair, "fcfs": FirstComeFirstServed, "priority": StrictPriority
+        "fair": Fair, "fcfs": FirstComeFirstServed, "fcfs_swap": FirstComeFirstServed,
+        "priority": StrictPriority,
     }
 
 

@@ -71,7 +71,6 @@ def test_pauses_are_not_steps():
         (lambda: SliceConfig(recompute_share=1.0), "recompute_share"),
         (lambda: SliceConfig(min_slice_steps=9, max_slice_steps=8), "min_slice_steps"),
         (lambda: FairConfig(prefill_cost=0.0), "prefill_cost"),
-        (lambda: FairConfig(cost_per_byte=-1.0), "cost_per_byte"),
         (lambda: FairConfig(credit_share=1.0), "credit_share"),
         (lambda: FairConfig(user_weights={"a": 0.0}), "user_weights"),
     ],

@@ -1,0 +1,592 @@
+"""Where the KV of sequences is that gave way: still in the pool, in a store, or both.
+
+Pages are append-only, so a copy in a store stays good. Four things follow.
+
+- *Delta swap-out*: an owner keeps its copies while it runs, and giving way again copies only the
+  tokens that are in no store yet, down to a part of the last page.
+- *Write-behind*: `back` may be called for an owner that still runs; what is copied then needs no
+  copy when it gives way, and its pages are free at once.
+- *Lazy eviction*: pages left behind stay readable (`PagePool.keep`) until an allocation takes them,
+  last those whose owner comes back first. `find` sees them, and nothing is copied back for them.
+- *Shared pages move once*: a copy belongs to the content, whoever owns it.
+
+Moves are asked for here, handed out with a plan (`take_moves`), and end when somebody says so
+(`finished`). Until then a move holds a reference to its page, so that nobody else gets it. An owner
+whose pages are still arriving (`arriving`) must not run. A partly filled page may be written behind
+the tokens that are being copied: the bytes are others.
+
+Nothing here waits, and nothing raises when memory runs out or is lost: what isn't found is
+recomputed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from aqua_jax.errors import StaleHandleError
+from aqua_jax.paging.moves import Move, Part, Store, StoreSlot
+from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+
+_RESPOND_PAGES = 16  # moved down a tier per call of `respond`, so that no step waits long for it
+
+
+@dataclasses.dataclass
+class ResidencyCounters:
+    """Totals since the start."""
+
+    departures: int = 0  # owners that gave way and kept something
+    returns: int = 0  # owners that found something again
+    tokens_out: int = 0  # copied into stores
+    tokens_in: int = 0  # copied back
+    tokens_revived: int = 0  # found in the pool on return: nothing was copied
+    tokens_held: int = 0  # what copying everything at each departure and return would have moved
+    failed: int = 0  # moves that did not arrive
+    refused: int = 0  # pages not copied out because no store had room
+    relocated: int = 0  # pages moved down a tier because a lender wanted its memory
+    dropped: int = 0  # copies given up for somebody else's, or for a lender
+
+
+class Stored:
+    """The copy of one page's content in a store, and where in the pool the content was last."""
+
+    __slots__ = (
+        "arrivals", "failed", "home", "home_tokens", "outs", "owners", "parts", "promised", "slot",
+        "store", "tokens", "waiters",
+    )
+
+    def __init__(self, store: Store, slot: StoreSlot) -> None:
+        self.store, self.slot = store, slot
+        self.parts: list[Part] = []  # that have arrived in the store
+        self.tokens = 0  # that are in the store, from the page's first on
+        self.promised = 0  # these and those on their way there
+        self.outs = 0  # moves on their way out
+        self.arrivals = 0  # moves on their way into `home`
+        self.failed = False  # of these, one didn't make it
+        self.waiters: list[Hashable] = []  # who waits for them
+        self.home: PageHandle | None = None  # the pool's page
+        self.home_tokens = 0  # that it holds
+        self.owners: list[Hashable] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is under way."""
+        return self.outs > 0 or self.arrivals > 0
+
+
+class Residency:
+    """Which page of which owner is where. Owners are whatever can be a key."""
+
+    def __init__(
+        self, pool: PagePool, stores: Sequence[Store], *, verify: bool = False
+    ) -> None:
+        """
+        Args:
+          pool: whose pages are copied.
+          stores: tiers, the preferred one first.
+          verify: moves carry checksums.
+        """
+        self.stores = tuple(stores)
+        self.verify = verify
+        self.counters = ResidencyCounters()
+        self._pool = pool
+        self._backed: dict[Hashable, list[Stored]] = {}  # of each owner, its leading pages
+        self._resident: dict[Hashable, None] = {}  # owners with copies that hold pool pages
+        self._by_page: dict[PageHandle, Stored] = {}  # by `home`
+        self._by_slot: dict[tuple[int, int], Stored] = {}  # by store (its place) and slot
+        self._moves: dict[Move, Stored] = {}  # asked for and not finished
+        self._inward: collections.deque[Move] = collections.deque()  # not in a plan yet
+        self._outward: collections.deque[Move] = collections.deque()
+        self._pins: collections.Counter[PageHandle] = collections.Counter()  # of outward moves
+        self._awaited: dict[Hashable, int] = {}  # arrivals that an owner waits for
+        self._failed: list[Hashable] = []
+        self._unwanted = False  # moves may be queued that nobody waits for
+        self._turn = 0
+        self._retired: set[int] = set()  # places of stores that have stopped handing out slots
+        self._lost: set[int] = set()  # places of stores whose lender is gone
+
+    # What the scheduler asks.
+
+    @property
+    def outstanding(self) -> int:
+        """Moves asked for, in a plan or not yet, and not finished."""
+        return len(self._moves)
+
+    @property
+    def usable(self) -> bool:
+        """Whether any store can hold anything."""
+        return any(store.capacity and not store.lost for store in self.stores)
+
+    @property
+    def leaving(self) -> int:
+        """Pool pages that come free when outward moves end, and not before."""
+        references = self._pool.references
+        return sum(references(page) == pins for page, pins in self._pins.items())
+
+    def pins(self, page: PageHandle) -> int:
+        """References to a page that end with outward moves."""
+        return self._pins.get(page, 0)
+
+    def arriving(self, owner: Hashable) -> bool:
+        """Whether pages of the owner are still being copied in."""
+        return owner in self._awaited
+
+    def backed_tokens(self, owner: Hashable) -> int:
+        """Tokens of the owner that are in stores or on their way there."""
+        backed = self._backed.get(owner)
+        if not backed:
+            return 0
+        return (len(backed) - 1) * self._pool.page_tokens + backed[-1].promised
+
+    def find(self, owner: Hashable) -> list[tuple[PageHandle | None, Stored, int]]:
+        """The owner's leading pages that needn't be computed.
+
+        Returns:
+          For each: where it is in the pool, or None: it has to be copied in; its copy; the tokens
+          it holds, a whole page except perhaps for the last.
+        """
+        found: list[tuple[PageHandle | None, Stored, int]] = []
+        for stored in self._backed.get(owner, ()):
+            if stored.home is not None and self._pool.alive(stored.home):
+                home, tokens = stored.home, stored.home_tokens
+            elif stored.tokens and stored.store.holds(stored.slot):
+                home, tokens = None, stored.tokens
+            else:
+                break
+            found.append((home, stored, tokens))
+            if min(tokens, stored.promised) < self._pool.page_tokens:
+                break
+        return found
+
+    def take_moves(self, limit: int) -> tuple[Move, ...]:
+        """The next moves to hand over, those somebody waits for first."""
+        taken: list[Move] = []
+        for queue in (self._inward, self._outward):
+            while queue and len(taken) < limit:
+                taken.append(queue.popleft())
+        return tuple(taken)
+
+    def cancel_unwanted(self) -> None:
+        """Forgets moves that nobody waits for and no plan has; their pages are free at once."""
+        if not self._unwanted:
+            return
+        self._unwanted = False
+        for queue in (self._inward, self._outward):
+            unwanted = [move for move in queue if not self._moves[move].owners]
+            for move in unwanted:
+                queue.remove(move)
+                self._finish(move, False, None)
+
+    def take_failed(self) -> list[Hashable]:
+        """Owners whose pages did not all arrive, each once; see `sound_tokens`."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def sound_tokens(self, owner: Hashable) -> int:
+        """Tokens from the first on that the pages of such an owner really hold."""
+        tokens = 0
+        for stored in self._backed.get(owner, ()):
+            tokens += stored.home_tokens
+        return tokens
+
+    # What happens to owners.
+
+    def back(
+        self, owner: Hashable, pages: Sequence[PageHandle], tokens: int, limit: int | None = None
+    ) -> int:
+        """Begins to copy out what is in no store yet.
+
+        Args:
+          owner: holds `pages`.
+          pages: its page table.
+          tokens: that it has computed, all by steps already dispatched.
+          limit: most pages to begin with; None: all.
+
+        Returns:
+          Pages begun. Fewer than there are when the stores are full: the leading ones are kept.
+        """
+        self._resident[owner] = None
+        return self._back(owner, pages, tokens, limit)
+
+    def _back(
+        self, owner: Hashable, pages: Sequence[PageHandle], tokens: int, limit: int | None = None
+    ) -> int:
+        size = self._pool.page_tokens
+        backed = self._backed.setdefault(owner, [])
+        # Of an owner with pages all copies are whole, or promised to be, but the last.
+        first = len(backed) - (bool(backed) and backed[-1].promised < size)
+        begun = 0
+        for index in range(first, self._pool.pages_for(tokens)):
+            if begun == limit:
+                break
+            page = pages[index]
+            count = min(size, tokens - index * size)
+            if index == len(backed):
+                known = self._by_page.get(page)
+                stored = known if known is not None else self._store(page, owner)
+                if stored is None:
+                    self.counters.refused += self._pool.pages_for(tokens) - index
+                    break
+                stored.owners.append(owner)
+                backed.append(stored)
+            stored = backed[index]
+            stored.home_tokens = max(stored.home_tokens, count)
+            if count > stored.promised:
+                if stored.store.lost:
+                    lost, slot = stored.store, stored.slot
+                    if not self._descend(self.stores.index(lost), stored):
+                        break
+                    lost.free(slot)
+                self._send_out(stored, page, stored.promised, count - stored.promised)
+                begun += 1
+        return begun
+
+    def leave(self, owner: Hashable, pages: Sequence[PageHandle], tokens: int) -> None:
+        """The owner gives way. Its references to `pages` end; its first `tokens` tokens are kept
+        as far as stores have room."""
+        self._stop_waiting(owner)
+        self._resident.pop(owner, None)  # its copies are no duplicates any more
+        self._back(owner, pages, tokens)
+        self._turn += 1
+        size = self._pool.page_tokens
+        for index, stored in enumerate(self._backed[owner]):
+            self._settle_home(stored, pages[index], min(size, tokens - index * size))
+            self._pool.keep(pages[index], self._turn)
+        self.counters.departures += 1
+        self.counters.tokens_held += tokens
+        release_all(self._pool, pages)
+
+    def come_back(
+        self, owner: Hashable, found: Sequence[tuple[PageHandle | None, Stored, int]],
+        pages: Sequence[PageHandle],
+    ) -> None:
+        """The owner has pages again.
+
+        Args:
+          owner: holds a reference to each of `pages`.
+          found: what `find` has said, or its beginning; the scheduler may have put a page of the
+            same content in the place of a None.
+          pages: its new page table; those that were found are the same.
+        """
+        backed = self._backed[owner]
+        for stored in backed[len(found) :]:
+            self._disown(stored, owner)
+        del backed[len(found) :]
+        self._resident[owner] = None
+        for index, (home, stored, tokens) in enumerate(found):
+            self.counters.tokens_held += tokens
+            if home is None:
+                self._bring_in(stored, pages[index])
+            else:
+                self.counters.tokens_revived += tokens
+                if home != stored.home:
+                    self._settle_home(stored, home, tokens)
+                elif len(stored.owners) == 1:
+                    self._pool.unkeep(home)  # it is in use, and its next turn will be another
+            if stored.arrivals:
+                stored.waiters.append(owner)
+                self._awaited[owner] = self._awaited.get(owner, 0) + 1
+        self.counters.returns += bool(found)
+
+    def drop(self, owner: Hashable) -> None:
+        """The owner has ended, or starts over: its copies are not needed."""
+        self._stop_waiting(owner)
+        self._resident.pop(owner, None)
+        for stored in reversed(self._backed.pop(owner, [])):
+            self._disown(stored, owner)
+
+    # What happens to moves and stores.
+
+    def finished(self, move: Move, ok: bool, checksum: int | None = None) -> None:
+        """A move in a plan has ended.
+
+        Args:
+          move: of `take_moves`; each ends once.
+          ok: whether the bytes are where they should be.
+          checksum: of an outward move, when `verify`.
+        """
+        self.counters.failed += not ok
+        self._finish(move, ok, checksum)
+
+    def abandon(self) -> None:
+        """The pool's content is lost, and no copy is under way any more. What has arrived in
+        stores is good."""
+        for move, stored in list(self._moves.items()):
+            stored.failed = False  # nobody waits, so nobody is told
+            if move.inward:
+                stored.waiters.clear()
+        self._awaited.clear()
+        for move in list(self._moves):
+            self._finish(move, False, None)
+        self._inward.clear()
+        self._outward.clear()
+        self._failed.clear()
+        for stored in self._by_page.values():
+            stored.home, stored.home_tokens = None, 0
+        self._by_page.clear()
+
+    def trim(self, owner: Hashable, tokens: int) -> None:
+        """Copies of an owner without pages are good for its first `tokens` tokens only."""
+        backed = self._backed.get(owner, [])
+        whole = tokens // self._pool.page_tokens
+        if self.backed_tokens(owner) > tokens:
+            self._cut(owner, backed[whole])
+
+    def respond(self, copy: Callable[[Store, StoreSlot, Store, StoreSlot], None]) -> None:
+        """Gives back what lenders want, at a step boundary; a flag's look when they want nothing.
+
+        A few pages per call move to the next tier with room, or are given up.
+
+        Args:
+          copy: copies one slot's bytes to another's, now.
+        """
+        for place, store in enumerate(self.stores):
+            wanted = store.wanted_slots
+            if store.lost:
+                if place not in self._lost:
+                    self._lost.add(place)
+                    self._lose(place)
+            elif wanted:
+                self._give_back(place, store, wanted, copy)
+            elif place in self._retired:
+                self._retired.discard(place)
+                store.restore()  # type: ignore[attr-defined]  # the lender has changed its mind
+
+    # Inside.
+
+    def _store(self, page: PageHandle, owner: Hashable) -> Stored | None:
+        """A new copy for a page, in the best tier with room."""
+        for _ in range(2):
+            for place, store in enumerate(self.stores):
+                if not store.free_slots:
+                    continue
+                slots = store.allocate(1)
+                if slots:
+                    stored = Stored(store, slots[0])
+                    self._by_slot[place, slots[0].id] = stored
+                    self._settle_home(stored, page, 0)
+                    return stored
+            if not self._drop_duplicate(owner):
+                return None
+        return None
+
+    def _drop_duplicate(self, asking: Hashable) -> bool:
+        """Gives up a copy whose content is in the pool and needed there: of the owner that came
+        back last, for it will be the last to leave. Its last page, to keep copies leading ones."""
+        if asking in self._resident:  # a copy made ahead is not worth another one
+            return False
+        for owner in reversed(self._resident):
+            backed = self._backed[owner]
+            if backed and not backed[-1].busy and len(backed[-1].owners) == 1:
+                self.counters.dropped += 1
+                self._disown(backed.pop(), owner)
+                return True
+        return False
+
+    def _send_out(self, stored: Stored, page: PageHandle, start: int, count: int) -> None:
+        move = Move(page, stored.store, stored.slot, start, count, inward=False)
+        stored.promised = start + count
+        stored.outs += 1
+        self._pins[page] += 1
+        self._ask(move, stored, self._outward)
+
+    def _bring_in(self, stored: Stored, page: PageHandle) -> None:
+        stored.failed = False
+        stored.promised = stored.tokens
+        self._settle_home(stored, page, stored.tokens)
+        # A sum can only be compared for what was summed up together.
+        pieces = [Part(0, stored.tokens, None)]
+        if self.verify:
+            pieces = [part for part in stored.parts if part.start < stored.tokens]
+        for start, count, checksum in pieces:
+            stored.arrivals += 1
+            self._ask(
+                Move(page, stored.store, stored.slot, start, count, True, checksum), stored,
+                self._inward,
+            )
+
+    def _ask(self, move: Move, stored: Stored, queue: collections.deque[Move]) -> None:
+        self._pool.retain(move.page)
+        self._moves[move] = stored
+        queue.append(move)
+
+    def _finish(self, move: Move, ok: bool, checksum: int | None) -> None:
+        stored = self._moves.pop(move)
+        if move.inward:
+            self._arrived(stored, move, ok)
+        else:
+            self._departed(stored, move, ok, checksum)
+        self._pool.release(move.page)
+        if not stored.owners and not stored.busy:
+            self._free(stored)
+
+    def _departed(self, stored: Stored, move: Move, ok: bool, checksum: int | None) -> None:
+        stored.outs -= 1
+        self._pins[move.page] -= 1
+        if not self._pins[move.page]:
+            del self._pins[move.page]
+        if ok and move.store is stored.store and move.slot == stored.slot:
+            self.counters.tokens_out += move.count
+            stored.parts.append(Part(move.start, move.count, checksum))
+            stored.parts.sort()
+            self._count(stored)
+        if not stored.outs and stored.promised > stored.tokens:  # something failed
+            stored.promised = stored.tokens
+            for owner in list(stored.owners):
+                if owner in self._resident and stored is not self._backed[owner][-1]:
+                    self._cut(owner, stored)  # sent again when it leaves
+
+    def _count(self, stored: Stored) -> None:
+        """Notes what the store holds without a gap."""
+        end = 0
+        for start, count, _ in stored.parts:
+            if start > end:
+                break
+            end = max(end, start + count)
+        stored.tokens = end
+        with contextlib.suppress(StaleHandleError):  # given back meanwhile: then it isn't held
+            stored.store.fill(stored.slot, end)
+
+    def _arrived(self, stored: Stored, move: Move, ok: bool) -> None:
+        stored.arrivals -= 1
+        stored.failed |= not ok
+        self.counters.tokens_in += move.count * ok
+        if stored.arrivals:
+            return
+        waiters, stored.waiters = stored.waiters, []
+        if stored.failed:
+            # A copy that can't be read is no copy. Whoever has it is sound up to there.
+            for owner in list(stored.owners):
+                self._cut(owner, stored)
+            for owner in waiters:
+                if owner not in self._failed:
+                    self._failed.append(owner)
+        for owner in waiters:
+            self._awaited[owner] -= 1
+            if not self._awaited[owner]:
+                del self._awaited[owner]
+
+    def _cut(self, owner: Hashable, stored: Stored) -> None:
+        """Takes away a copy and all behind it."""
+        backed = self._backed[owner]
+        index = backed.index(stored)
+        waited = self._awaited.get(owner)
+        for later in reversed(backed[index:]):
+            self._disown(later, owner)
+        del backed[index:]
+        if self._awaited.get(owner) != waited and owner not in self._failed:
+            self._failed.append(owner)  # nobody would tell it of what still arrives
+
+    def _settle_home(self, stored: Stored, page: PageHandle, tokens: int) -> None:
+        self._leave_home(stored, page)
+        stored.home, stored.home_tokens = page, tokens
+        self._by_page[page] = stored
+
+    def _leave_home(self, stored: Stored, staying: PageHandle | None = None) -> None:
+        home = stored.home
+        if home is not None and home != staying and self._by_page.get(home) is stored:
+            del self._by_page[home]
+            if self._pool.alive(home):
+                self._pool.unkeep(home)
+
+    def _disown(self, stored: Stored, owner: Hashable) -> None:
+        stored.owners.remove(owner)
+        if owner in stored.waiters:
+            stored.waiters.remove(owner)
+            self._awaited[owner] -= 1
+            if not self._awaited[owner]:
+                del self._awaited[owner]
+        if not stored.owners:
+            self._leave_home(stored)
+            stored.home, stored.home_tokens = None, 0
+            if stored.busy:
+                self._unwanted = True
+            else:
+                self._free(stored)
+
+    def _free(self, stored: Stored) -> None:
+        key = self.stores.index(stored.store), stored.slot.id
+        if self._by_slot.get(key) is stored:
+            del self._by_slot[key]
+            with contextlib.suppress(StaleHandleError):  # given back, or the store was closed
+                stored.store.free(stored.slot)
+
+    def _stop_waiting(self, owner: Hashable) -> None:
+        if self._awaited.pop(owner, 0):
+            for stored in self._backed[owner]:
+                if owner in stored.waiters:
+                    stored.waiters.remove(owner)
+        if owner in self._failed:
+            self._failed.remove(owner)
+
+    def _give_back(
+        self, place: int, store: Any, wanted: int,
+        copy: Callable[[Store, StoreSlot, Store, StoreSlot], None],
+    ) -> None:
+        self._retired.add(place)
+        clear, moved = store.capacity - wanted, 0
+        highest = clear - 1  # of the slots that can't go yet
+        for slot in store.retire(wanted):  # highest first
+            stored = self._by_slot.get((place, slot.id))
+            if stored is None:  # given up a moment ago, with an earlier page of its owner
+                continue
+            arriving = any(owner in self._awaited for owner in stored.owners)
+            if stored.busy or arriving or moved == _RESPOND_PAGES:
+                highest = max(highest, slot.id)
+                continue
+            moved += 1
+            self._relocate(place, stored, copy)
+        count = store.capacity - 1 - highest
+        if count:
+            store.give_back(count)
+
+    def _relocate(
+        self, place: int, stored: Stored,
+        copy: Callable[[Store, StoreSlot, Store, StoreSlot], None],
+    ) -> None:
+        """Moves a copy down a tier, or gives it up."""
+        old = stored.store, stored.slot
+        if self._descend(place, stored):
+            copy(*old, stored.store, stored.slot)
+            old[0].free(old[1])
+            self._count(stored)
+            self.counters.relocated += 1
+        else:
+            self._give_up(stored)
+
+    def _descend(self, place: int, stored: Stored) -> bool:
+        """Gives a copy an empty slot in a tier below `place`; the old one is left as it is."""
+        for lower in range(place + 1, len(self.stores)):
+            store = self.stores[lower]
+            slots = store.allocate(1) if store.free_slots else None
+            if slots:
+                del self._by_slot[place, stored.slot.id]
+                stored.store, stored.slot = store, slots[0]
+                self._by_slot[lower, slots[0].id] = stored
+                return True
+        return False
+
+    def _give_up(self, stored: Stored) -> None:
+        self.counters.dropped += 1
+        for owner in list(stored.owners):
+            self._cut(owner, stored)
+
+    def _lose(self, place: int) -> None:
+        """A lender is gone. What is still in the pool is copied to another tier at once."""
+        for (at, _), stored in list(self._by_slot.items()):
+            if at != place or not stored.owners:
+                continue
+            home, old = stored.home, stored.slot
+            alive = home is not None and not stored.arrivals and self._pool.alive(home)
+            if home is not None and alive and self._descend(place, stored):
+                self.stores[place].free(old)
+                stored.parts, stored.tokens = [], 0
+                self._send_out(stored, home, 0, stored.home_tokens)
+            elif not stored.arrivals:  # what arrives now is refused by whoever copies
+                stored.parts, stored.tokens, stored.promised = [], 0, 0
+                for owner in list(stored.owners):
+                    if owner in self._resident or not alive:
+                        self._cut(owner, stored)

@@ -1,0 +1,196 @@
+"""The pages of sequences: what needn't be computed, what to take, what to leave behind.
+
+The scheduler decides who gets pages and who gives way; this carries it out on the bookkeeping of
+the pool, the prefix cache, and the stores below the pool (`paging.residency`), and keeps the counts
+on the sequences right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+from aqua_jax.errors import SequenceStateError
+from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.paging.residency import Residency, Stored
+from aqua_jax.scheduling.sequence import Sequence, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What of a waiting sequence needn't be computed."""
+
+    pages: list[PageHandle | None]  # its leading pages; None: to be copied in from a store
+    tokens: int  # that they hold; with `source`, what that one holds included
+    source: PageHandle | None = None  # to be copied to the page after `pages`, inside the pool
+    # Of the first pages, the sequence's own copies.
+    kept: tuple[tuple[PageHandle | None, Stored, int], ...] = ()
+
+    @property
+    def shared(self) -> list[PageHandle]:
+        """Pages in the pool."""
+        return [page for page in self.pages if page is not None]
+
+
+class Holdings:
+    """Gives and takes the pages of sequences."""
+
+    def __init__(
+        self, pool: PagePool, prefix: PrefixCache | None, residency: Residency | None
+    ) -> None:
+        """`prefix` is a cache over the same pool; None: no prefix caching. `residency`: None: what
+        gives way is recomputed."""
+        self.pool, self.prefix, self.residency = pool, prefix, residency
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether everything it holds has arrived."""
+        return self.residency is None or not self.residency.arriving(sequence)
+
+    @property
+    def leaving(self) -> int:
+        """Pages that come free when copies to a store have ended."""
+        return 0 if self.residency is None else self.residency.leaving
+
+    @property
+    def available(self) -> int:
+        """Pages that can be had now, or when those copies have ended."""
+        return self.pool.available + self.leaving
+
+    def find(self, sequence: Sequence) -> Found:
+        """What of a waiting sequence needn't be computed; changes nothing.
+
+        At least one token is left to compute, for something has to be sampled from. A page that
+        is partly filled is still being written by its owner, so it is copied, not shared; the
+        owner can't lose it in this plan, because nobody is preempted once admission has begun.
+        """
+        size = self.pool.page_tokens
+        kept = self._kept(sequence)
+        pages = [home for home, _, _ in kept]
+        tokens = sum(count for _, _, count in kept)
+        if sequence.no_prefix_read:
+            return Found(pages, tokens, kept=kept)
+        if self.prefix is not None and sequence.chain is not None and tokens == len(pages) * size:
+            digests = sequence.chain.digests
+            for index, page in enumerate(pages):
+                if page is None and index < len(digests):
+                    pages[index] = self.pool.find(digests[index])
+            more = self.prefix.match(sequence.chain, sequence.total_len - 1, len(pages))
+            pages += more
+            tokens = len(pages) * size
+        parent, prompt = sequence.parent, sequence.prompt_len - 1
+        if (
+            parent is not None
+            and parent.status is Status.RUNNING
+            and self.ready(parent)
+            and parent.num_computed >= prompt > tokens
+        ):
+            whole = prompt // size
+            shared: list[PageHandle | None] = list(parent.pages[:whole])
+            return Found(shared, prompt, parent.pages[whole] if prompt % size else None)
+        return Found(pages, tokens, kept=kept)
+
+    def _kept(self, sequence: Sequence) -> tuple[tuple[PageHandle | None, Stored, int], ...]:
+        return () if self.residency is None else tuple(self.residency.find(sequence))
+
+    def demand(self, sequence: Sequence, found: Found) -> int:
+        """Pages that taking a sequence in costs, of those that are available."""
+        shared = found.shared
+        fresh = self.pool.pages_for(sequence.total_len) - len(shared)
+        return fresh + sum(self.pool.references(page) == 0 for page in shared)
+
+    def take(self, sequence: Sequence, found: Found) -> tuple[int, int] | None:
+        """Gives a sequence what was found and the pages of all its tokens.
+
+        Returns:
+          Page ids (source, target) to copy inside the pool, if any.
+
+        Raises:
+          SequenceStateError: there are not so many pages.
+        """
+        pool = self.pool
+        for page in found.shared:  # before allocating, which may evict what nobody holds
+            pool.retain(page)
+        fresh = pool.allocate(pool.pages_for(sequence.total_len) - len(found.shared))
+        if fresh is None:
+            raise SequenceStateError(f"{sequence}: pages changed during a plan")
+        unused = iter(fresh)
+        pages = [next(unused) if page is None else page for page in found.pages]
+        # Leading pages that can be found already, by everybody.
+        registered = 0
+        while registered < len(pages) and found.pages[registered] is not None:
+            registered += 1
+        sequence.pages = pages + list(unused)
+        sequence.num_computed = found.tokens
+        sequence.num_registered = min(registered, found.tokens // pool.page_tokens)
+        if self.residency is not None:
+            if found.kept:
+                kept = [
+                    (page, stored, tokens)
+                    for page, (_, stored, tokens) in zip(found.pages, found.kept, strict=False)
+                ]
+                self.residency.come_back(sequence, kept, sequence.pages)
+            else:
+                self.residency.drop(sequence)
+        if found.source is None:
+            return None
+        return found.source.id, sequence.pages[len(pages)].id
+
+    def extend(self, sequence: Sequence, tokens: int) -> bool:
+        """Makes sure of pages for so many tokens; False, and nothing changed, if there are none."""
+        missing = self.pool.pages_for(tokens) - len(sequence.pages)
+        if missing > 0:
+            pages = self.pool.allocate(missing)
+            if pages is None:
+                return False
+            sequence.pages += pages
+        return True
+
+    def give_up(self, sequence: Sequence, *, keep: int = 0) -> None:
+        """Takes all pages away; the first `keep` tokens stay readable, in a store or longer in the
+        pool, as far as there is room."""
+        pages, sequence.pages = sequence.pages, []
+        sequence.num_computed = sequence.num_registered = 0
+        if keep and self.residency is not None:
+            self.residency.leave(sequence, pages, keep)
+            return
+        if self.residency is not None:
+            self.residency.drop(sequence)
+        release_all(self.pool, pages)
+
+    def unsaved(self, sequence: Sequence, tokens: int) -> int:
+        """Of its first tokens, those that are in no store and not on their way to one."""
+        if self.residency is None:
+            return tokens
+        return max(0, tokens - self.residency.backed_tokens(sequence))
+
+    def freed_by(self, victims: Iterable[Sequence], spared: Iterable[PageHandle]) -> list[int]:
+        """Pages that come free as each of `victims` gives way, in this order; those of `spared`
+        stay."""
+        kept, released = set(spared), Counter[PageHandle]()
+        gains = []
+        for victim in victims:
+            gain = 0
+            for page in victim.pages:
+                released[page] += 1
+                others = self.pool.references(page) - self.pins(page) - released[page]
+                gain += page not in kept and others == 0
+            gains.append(gain)
+        return gains
+
+    def pins(self, page: PageHandle) -> int:
+        """References to a page that copies to a store hold."""
+        return 0 if self.residency is None else self.residency.pins(page)
+
+    def register(self, sequence: Sequence) -> None:
+        """Makes pages findable that are full of tokens known here and dispatched there."""
+        if self.prefix is None or sequence.chain is None:
+            return
+        full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.page_tokens
+        if full <= sequence.num_registered:
+            return
+        sequence.chain.extend(sequence.tokens)
+        for index in range(sequence.num_registered, full):
+            self.prefix.register(sequence.pages[index], sequence.chain.digests[index])
+        sequence.num_registered = full
