@@ -71,13 +71,13 @@ class Watch:
         tokens = max(len(sample.token_ids) for sample in output.outputs)
         metrics, latencies = output.metrics, self._latencies
         if tokens > self._tokens:
-            now = time.monotonic()
-            if not self._tokens:
-                if metrics.ttft_s is not None:
-                    latencies.first_token.observe(metrics.ttft_s)
-            elif self._streamed:
-                new = tokens - self._tokens
-                latencies.gap.observe((now - self._seen_at) / new, new)
+            now, new = time.monotonic(), tokens - self._tokens
+            if not self._tokens and metrics.first_token_time is not None:
+                latencies.first_token.observe(metrics.first_token_time - metrics.arrival_time)
+                self._seen_at = metrics.first_token_time
+                new -= 1
+            if self._streamed and new:
+                latencies.gap.observe(max(0.0, now - self._seen_at) / new, new)
             self._tokens, self._seen_at = tokens, now
         if output.finished:
             if metrics.e2e_s is not None:
