@@ -21,7 +21,7 @@ from aqua_jax.engine.trace_events import TraceEvents
 from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PageHandle
 from aqua_jax.scheduling.plan import Chunk, Plan
-from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.scheduling.sequence import Sequence
 
 
 def measure(sequences: int, steps: int, moves: int, path: str) -> dict[str, float]:
@@ -32,7 +32,6 @@ def measure(sequences: int, steps: int, moves: int, path: str) -> dict[str, floa
     live = [Sequence(number, f"request-{number}", [1] * 64, 1000) for number in range(sequences)]
     for one in live:
         trace.added(one)
-        one.status = Status.RUNNING
     spent = []
     for step in range(steps):
         away = live[step % sequences]

@@ -28,7 +28,7 @@ from absl import logging
 from aqua_jax.errors import ConfigError
 from aqua_jax.paging.moves import Move, Store
 from aqua_jax.scheduling.plan import Plan
-from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.scheduling.sequence import Sequence
 
 _BUFFER_BYTES = 1 << 16
 _FLUSH_EVERY_S = 1.0
@@ -198,7 +198,7 @@ class TraceEvents:
         """
         now = time.perf_counter()
         away = tuple(
-            (one.seq_id, PREEMPTED if one.status is Status.WAITING else SWAPPED)
+            (one.seq_id, SWAPPED if one.swapped else PREEMPTED)
             for one in plan.preempted
         )
         self._steps.append(_Step(plan, began, now, away))
@@ -215,15 +215,12 @@ class TraceEvents:
         """
         now = time.perf_counter()
         while self._steps and self._steps[0].plan.step_id < step.step_id:
-            self._steps.popleft()
+            self._leave(self._steps.popleft())  # only moves: there was nothing to read
         if not self._steps or self._steps[0].plan.step_id != step.step_id:
             return  # dispatched before a reset
         known = self._steps.popleft()
-        start = max(known.dispatched, self._device_free)
+        start = self._leave(known)
         self._device_free = now
-        for number, state in known.away:
-            if (track := self._tracks.get(number)) is not None:
-                self._change(number, track, state, start)
         prefill = self._chunks(known.plan, start, now)
         for sequence in step.rows:
             track = self._tracks.get(sequence.seq_id)
@@ -322,6 +319,14 @@ class TraceEvents:
 
     # Inside.
 
+    def _leave(self, step: _Step) -> float:
+        """Who gave way for a step; returns when it began on the device."""
+        start = max(step.dispatched, self._device_free)
+        for number, state in step.away:
+            if (track := self._tracks.get(number)) is not None:
+                self._change(number, track, state, start)
+        return start
+
     def _change(self, number: int, track: _Track, state: str, at: float) -> None:
         if track.state == state:
             return
@@ -361,9 +366,7 @@ class TraceEvents:
             f'"pages in":{inward},"host us":{(step.dispatched - step.began) * 1e6:.0f},'
             f'"wait us":{waited * 1e6:.0f}}}'
         )
-        if not plan.chunks:
-            name = '"moves only"'
-        elif prefill == 0:
+        if prefill == 0:
             name = '"decode"'
         else:
             name = '"prefill"' if prefill == plan.num_tokens else '"prefill and decode"'

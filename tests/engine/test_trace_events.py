@@ -19,7 +19,7 @@ from aqua_jax.errors import ConfigError
 from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PageHandle
 from aqua_jax.scheduling.plan import Chunk, Plan
-from aqua_jax.scheduling.sequence import Sequence, Status
+from aqua_jax.scheduling.sequence import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -114,7 +114,7 @@ def test_a_request_waits_runs_gives_way_and_ends(tmp_path, clock):
     trace.added(other)
     run_step(trace, clock, make_plan(1, [Chunk(one, 0, 4, True)]))
     run_step(trace, clock, make_plan(2, [Chunk(one, 4, 1, True)]))
-    one.status = Status.RUNNING  # not WAITING any more: its pages are in a store
+    one.swapped = True  # its pages are in a store
     move = Move(PageHandle(1, 1), peer, (0, 1), 0, 5, False)
     peer.free_slots = 9
     run_step(trace, clock, make_plan(3, [Chunk(other, 0, 4, True)], [one], [move]))
@@ -191,6 +191,28 @@ def test_running_ahead_keeps_tracks_in_order(tmp_path, clock):
     ]
     steps = [one for one in events if one["ph"] == "X" and one["pid"] == 1 and one["tid"] == 2]
     assert steps[1]["ts"] == pytest.approx(steps[0]["ts"] + steps[0]["dur"])
+
+
+def test_a_plan_of_moves_only_has_nothing_to_read(tmp_path, clock):
+    trace = TraceEvents(str(tmp_path / "t.json"), Pool())
+    one, other = make_sequence(0), make_sequence(1)
+    trace.added(one)
+    trace.added(other)
+    run_step(trace, clock, make_plan(1, [Chunk(one, 0, 4, True)]))
+    one.swapped = True
+    move = Move(PageHandle(1, 1), Store("host"), (0, 1), 0, 4, False)
+    trace.dispatched(make_plan(2, (), [one], [move]), clock.time)
+    clock.time += 0.1
+    trace.move_finished(move, True)
+    run_step(trace, clock, make_plan(3, [Chunk(other, 0, 4, True)]))
+    trace.ended(one, "abort")
+    trace.ended(other, "stop")
+    trace.close()
+    events = read_events(tmp_path / "t.json")
+    assert [name for _, name, *_ in nested(events, 1)] == [
+        "waiting", "running", "swapped out", "r0",
+    ]
+    assert sum(event["ph"] == "e" for event in events) == 1
 
 
 def test_a_lost_pool_starts_all_anew(tmp_path, clock):
