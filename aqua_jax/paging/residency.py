@@ -22,16 +22,13 @@ recomputed.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
-from aqua_jax.errors import StaleHandleError
-from aqua_jax.paging.moves import Move, Part, Store, StoreSlot
+from aqua_jax.paging.moves import Move, Part, Store
 from aqua_jax.paging.pages import PageHandle, PagePool, release_all
-
-_RESPOND_PAGES = 16  # moved down a tier per call of `respond`, so that no step waits long for it
+from aqua_jax.paging.reclaim import Copy, Reclaim
+from aqua_jax.paging.stored import Stored, Tiers
 
 
 @dataclasses.dataclass
@@ -50,33 +47,6 @@ class ResidencyCounters:
     dropped: int = 0  # copies given up for somebody else's, or for a lender
 
 
-class Stored:
-    """The copy of one page's content in a store, and where in the pool the content was last."""
-
-    __slots__ = (
-        "arrivals", "failed", "home", "home_tokens", "outs", "owners", "parts", "promised", "slot",
-        "store", "tokens", "waiters",
-    )
-
-    def __init__(self, store: Store, slot: StoreSlot) -> None:
-        self.store, self.slot = store, slot
-        self.parts: list[Part] = []  # that have arrived in the store
-        self.tokens = 0  # that are in the store, from the page's first on
-        self.promised = 0  # these and those on their way there
-        self.outs = 0  # moves on their way out
-        self.arrivals = 0  # moves on their way into `home`
-        self.failed = False  # of these, one didn't make it
-        self.waiters: list[Hashable] = []  # who waits for them
-        self.home: PageHandle | None = None  # the pool's page
-        self.home_tokens = 0  # that it holds
-        self.owners: list[Hashable] = []
-
-    @property
-    def busy(self) -> bool:
-        """Whether a copy is under way."""
-        return self.outs > 0 or self.arrivals > 0
-
-
 class Residency:
     """Which page of which owner is where. Owners are whatever can be a key."""
 
@@ -89,14 +59,14 @@ class Residency:
           stores: tiers, the preferred one first.
           verify: moves carry checksums.
         """
-        self.stores = tuple(stores)
+        self.tiers = Tiers(stores)
+        self.stores = self.tiers.stores
         self.verify = verify
         self.counters = ResidencyCounters()
         self._pool = pool
         self._backed: dict[Hashable, list[Stored]] = {}  # of each owner, its leading pages
         self._resident: dict[Hashable, None] = {}  # owners with copies that hold pool pages
         self._by_page: dict[PageHandle, Stored] = {}  # by `home`
-        self._by_slot: dict[tuple[int, int], Stored] = {}  # by store (its place) and slot
         self._moves: dict[Move, Stored] = {}  # asked for and not finished
         self._inward: collections.deque[Move] = collections.deque()  # not in a plan yet
         self._outward: collections.deque[Move] = collections.deque()
@@ -105,8 +75,7 @@ class Residency:
         self._failed: list[Hashable] = []
         self._unwanted = False  # moves may be queued that nobody waits for
         self._turn = 0
-        self._retired: set[int] = set()  # places of stores that have stopped handing out slots
-        self._lost: set[int] = set()  # places of stores whose lender is gone
+        self._reclaim = Reclaim(self.tiers, self)
 
     # What the scheduler asks.
 
@@ -237,7 +206,7 @@ class Residency:
             if count > stored.promised:
                 if stored.store.lost:
                     lost, slot = stored.store, stored.slot
-                    if not self._descend(self.stores.index(lost), stored):
+                    if not self.tiers.descend(stored):
                         break
                     lost.free(slot)
                 self._send_out(stored, page, stored.promised, count - stored.promised)
@@ -333,9 +302,9 @@ class Residency:
         backed = self._backed.get(owner, [])
         whole = tokens // self._pool.page_tokens
         if self.backed_tokens(owner) > tokens:
-            self._cut(owner, backed[whole])
+            self.cut(owner, backed[whole])
 
-    def respond(self, copy: Callable[[Store, StoreSlot, Store, StoreSlot], None]) -> None:
+    def respond(self, copy: Copy) -> None:
         """Gives back what lenders want, at a step boundary; a flag's look when they want nothing.
 
         A few pages per call move to the next tier with room, or are given up.
@@ -343,35 +312,55 @@ class Residency:
         Args:
           copy: copies one slot's bytes to another's, now.
         """
-        for place, store in enumerate(self.stores):
-            wanted = store.wanted_slots
-            if store.lost:
-                if place not in self._lost:
-                    self._lost.add(place)
-                    self._lose(place)
-            elif wanted:
-                self._give_back(place, store, wanted, copy)
-            elif place in self._retired:
-                self._retired.discard(place)
-                store.restore()  # type: ignore[attr-defined]  # the lender has changed its mind
+        self._reclaim.respond(copy)
+
+    # For `reclaim`, too.
+
+    def held_back(self, stored: Stored) -> bool:
+        """Whether a copy has to stay where it is for now."""
+        return stored.busy or any(owner in self._awaited for owner in stored.owners)
+
+    def cut(self, owner: Hashable, stored: Stored) -> None:
+        """Takes away a copy and all behind it."""
+        backed = self._backed[owner]
+        index = backed.index(stored)
+        waited = self._awaited.get(owner)
+        for later in reversed(backed[index:]):
+            self._disown(later, owner)
+        del backed[index:]
+        if self._awaited.get(owner) != waited and owner not in self._failed:
+            self._failed.append(owner)  # nobody would tell it of what still arrives
+
+    def copy_again(self, stored: Stored) -> None:
+        """From the pool, where it is alive, to the empty slot that it has now."""
+        assert stored.home is not None
+        stored.parts, stored.tokens = [], 0
+        self._send_out(stored, stored.home, 0, stored.home_tokens)
+
+    def alive(self, stored: Stored) -> bool:
+        """Whether the pool has the content."""
+        home = stored.home
+        return home is not None and not stored.arrivals and self._pool.alive(home)
+
+    def lost(self, stored: Stored) -> None:
+        """The store doesn't have it any more. Owners that come back may find it in the pool."""
+        stored.parts, stored.tokens, stored.promised = [], 0, 0
+        gone = not self.alive(stored)
+        for owner in list(stored.owners):
+            if gone or owner in self._resident:
+                self.cut(owner, stored)
 
     # Inside.
 
     def _store(self, page: PageHandle, owner: Hashable) -> Stored | None:
         """A new copy for a page, in the best tier with room."""
-        for _ in range(2):
-            for place, store in enumerate(self.stores):
-                if not store.free_slots:
-                    continue
-                slots = store.allocate(1)
-                if slots:
-                    stored = Stored(store, slots[0])
-                    self._by_slot[place, slots[0].id] = stored
-                    self._settle_home(stored, page, 0)
-                    return stored
-            if not self._drop_duplicate(owner):
-                return None
-        return None
+        stored = self.tiers.place()
+        if stored is None and self._drop_duplicate(owner):
+            stored = self.tiers.place()
+        if stored is not None:
+            self._settle_home(stored, page, 0)
+        return stored
+
 
     def _drop_duplicate(self, asking: Hashable) -> bool:
         """Gives up a copy whose content is in the pool and needed there: of the owner that came
@@ -421,7 +410,7 @@ class Residency:
             self._departed(stored, move, ok, checksum)
         self._pool.release(move.page)
         if not stored.owners and not stored.busy:
-            self._free(stored)
+            self.tiers.free(stored)
 
     def _departed(self, stored: Stored, move: Move, ok: bool, checksum: int | None) -> None:
         stored.outs -= 1
@@ -432,23 +421,12 @@ class Residency:
             self.counters.tokens_out += move.count
             stored.parts.append(Part(move.start, move.count, checksum))
             stored.parts.sort()
-            self._count(stored)
+            stored.count()
         if not stored.outs and stored.promised > stored.tokens:  # something failed
             stored.promised = stored.tokens
             for owner in list(stored.owners):
                 if owner in self._resident and stored is not self._backed[owner][-1]:
-                    self._cut(owner, stored)  # sent again when it leaves
-
-    def _count(self, stored: Stored) -> None:
-        """Notes what the store holds without a gap."""
-        end = 0
-        for start, count, _ in stored.parts:
-            if start > end:
-                break
-            end = max(end, start + count)
-        stored.tokens = end
-        with contextlib.suppress(StaleHandleError):  # given back meanwhile: then it isn't held
-            stored.store.fill(stored.slot, end)
+                    self.cut(owner, stored)  # sent again when it leaves
 
     def _arrived(self, stored: Stored, move: Move, ok: bool) -> None:
         stored.arrivals -= 1
@@ -460,7 +438,7 @@ class Residency:
         if stored.failed:
             # A copy that can't be read is no copy. Whoever has it is sound up to there.
             for owner in list(stored.owners):
-                self._cut(owner, stored)
+                self.cut(owner, stored)
             for owner in waiters:
                 if owner not in self._failed:
                     self._failed.append(owner)
@@ -468,17 +446,6 @@ class Residency:
             self._awaited[owner] -= 1
             if not self._awaited[owner]:
                 del self._awaited[owner]
-
-    def _cut(self, owner: Hashable, stored: Stored) -> None:
-        """Takes away a copy and all behind it."""
-        backed = self._backed[owner]
-        index = backed.index(stored)
-        waited = self._awaited.get(owner)
-        for later in reversed(backed[index:]):
-            self._disown(later, owner)
-        del backed[index:]
-        if self._awaited.get(owner) != waited and owner not in self._failed:
-            self._failed.append(owner)  # nobody would tell it of what still arrives
 
     def _settle_home(self, stored: Stored, page: PageHandle, tokens: int) -> None:
         self._leave_home(stored, page)
@@ -505,14 +472,7 @@ class Residency:
             if stored.busy:
                 self._unwanted = True
             else:
-                self._free(stored)
-
-    def _free(self, stored: Stored) -> None:
-        key = self.stores.index(stored.store), stored.slot.id
-        if self._by_slot.get(key) is stored:
-            del self._by_slot[key]
-            with contextlib.suppress(StaleHandleError):  # given back, or the store was closed
-                stored.store.free(stored.slot)
+                self.tiers.free(stored)
 
     def _stop_waiting(self, owner: Hashable) -> None:
         if self._awaited.pop(owner, 0):
@@ -521,72 +481,3 @@ class Residency:
                     stored.waiters.remove(owner)
         if owner in self._failed:
             self._failed.remove(owner)
-
-    def _give_back(
-        self, place: int, store: Any, wanted: int,
-        copy: Callable[[Store, StoreSlot, Store, StoreSlot], None],
-    ) -> None:
-        self._retired.add(place)
-        clear, moved = store.capacity - wanted, 0
-        highest = clear - 1  # of the slots that can't go yet
-        for slot in store.retire(wanted):  # highest first
-            stored = self._by_slot.get((place, slot.id))
-            if stored is None:  # given up a moment ago, with an earlier page of its owner
-                continue
-            arriving = any(owner in self._awaited for owner in stored.owners)
-            if stored.busy or arriving or moved == _RESPOND_PAGES:
-                highest = max(highest, slot.id)
-                continue
-            moved += 1
-            self._relocate(place, stored, copy)
-        count = store.capacity - 1 - highest
-        if count:
-            store.give_back(count)
-
-    def _relocate(
-        self, place: int, stored: Stored,
-        copy: Callable[[Store, StoreSlot, Store, StoreSlot], None],
-    ) -> None:
-        """Moves a copy down a tier, or gives it up."""
-        old = stored.store, stored.slot
-        if self._descend(place, stored):
-            copy(*old, stored.store, stored.slot)
-            old[0].free(old[1])
-            self._count(stored)
-            self.counters.relocated += 1
-        else:
-            self._give_up(stored)
-
-    def _descend(self, place: int, stored: Stored) -> bool:
-        """Gives a copy an empty slot in a tier below `place`; the old one is left as it is."""
-        for lower in range(place + 1, len(self.stores)):
-            store = self.stores[lower]
-            slots = store.allocate(1) if store.free_slots else None
-            if slots:
-                del self._by_slot[place, stored.slot.id]
-                stored.store, stored.slot = store, slots[0]
-                self._by_slot[lower, slots[0].id] = stored
-                return True
-        return False
-
-    def _give_up(self, stored: Stored) -> None:
-        self.counters.dropped += 1
-        for owner in list(stored.owners):
-            self._cut(owner, stored)
-
-    def _lose(self, place: int) -> None:
-        """A lender is gone. What is still in the pool is copied to another tier at once."""
-        for (at, _), stored in list(self._by_slot.items()):
-            if at != place or not stored.owners:
-                continue
-            home, old = stored.home, stored.slot
-            alive = home is not None and not stored.arrivals and self._pool.alive(home)
-            if home is not None and alive and self._descend(place, stored):
-                self.stores[place].free(old)
-                stored.parts, stored.tokens = [], 0
-                self._send_out(stored, home, 0, stored.home_tokens)
-            elif not stored.arrivals:  # what arrives now is refused by whoever copies
-                stored.parts, stored.tokens, stored.promised = [], 0, 0
-                for owner in list(stored.owners):
-                    if owner in self._resident or not alive:
-                        self._cut(owner, stored)

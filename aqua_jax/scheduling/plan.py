@@ -36,3 +36,21 @@ class Plan:
     num_tokens: int
     # Copies to hand over at the head of the step, before anything else; a plan may be only these.
     moves: tuple[Move, ...] = ()
+
+
+@dataclasses.dataclass
+class Draft:
+    """A step being put together."""
+
+    budget: int
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    copies: dict[Sequence, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    preempted: list[Sequence] = dataclasses.field(default_factory=list)
+    pages_coming: bool = False  # some sequence only waits for its last token
+    pages_short: bool = False  # a running sequence was refused a page
+    awaited: int = 0  # pages that sequences sit out for
+
+    def add(self, sequence: Sequence, count: int, pending: int) -> None:
+        """`count` of the `pending` tokens of a sequence are computed in this step."""
+        self.chunks.append(Chunk(sequence, sequence.num_computed, count, count == pending))
+        self.budget -= count

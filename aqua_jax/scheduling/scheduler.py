@@ -55,29 +55,11 @@ from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
-from aqua_jax.scheduling.plan import Chunk, Plan
+from aqua_jax.scheduling.plan import Draft, Plan
 from aqua_jax.scheduling.policies import Policy
+from aqua_jax.scheduling.room import Room
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slots import Slots
-
-_AHEAD_STEPS = 3  # a copy handed over now has ended, and is known to have, after two or three
-
-
-@dataclasses.dataclass
-class _Draft:
-    """A step being put together."""
-
-    budget: int
-    chunks: list[Chunk] = dataclasses.field(default_factory=list)
-    copies: dict[Sequence, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    preempted: list[Sequence] = dataclasses.field(default_factory=list)
-    pages_coming: bool = False  # some sequence only waits for its last token
-    pages_short: bool = False  # a running sequence was refused a page
-    awaited: int = 0  # pages that sequences sit out for
-
-    def add(self, sequence: Sequence, count: int, pending: int) -> None:
-        self.chunks.append(Chunk(sequence, sequence.num_computed, count, count == pending))
-        self.budget -= count
 
 
 class Scheduler:
@@ -108,8 +90,9 @@ class Scheduler:
         self.residency = residency
         self.costs = costs or Costs(pool.page_tokens)
         self.holdings = Holdings(pool, prefix, residency)
-        policy.bind(self.costs, self._price)
         self.slots = Slots(config.max_num_seqs)
+        self.room = Room(config, policy, self.holdings, self.costs, self.slots)
+        policy.bind(self.costs, self.room.price)
         self.counters = SchedulerCounters()
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
         self._live: set[Sequence] = set()
@@ -166,8 +149,8 @@ class Scheduler:
                 )
         return plan
 
-    def _draft(self, now: float) -> tuple[_Draft, Plan | None]:
-        draft = _Draft(self.config.max_step_tokens)
+    def _draft(self, now: float) -> tuple[Draft, Plan | None]:
+        draft = Draft(self.config.max_step_tokens)
         if self.residency is not None:
             self.residency.cancel_unwanted()
             for owner in self.residency.take_failed():
@@ -230,7 +213,7 @@ class Scheduler:
 
     # Stage 0: turns.
 
-    def _take_turns(self, draft: _Draft, now: float) -> None:
+    def _take_turns(self, draft: Draft, now: float) -> None:
         unfinished = -1  # prompt tokens that admitted sequences wait to compute; -1: not counted
         growth = 0  # pages the running ones may claim soon
         while (head := self._head(now)) is not None:
@@ -241,48 +224,24 @@ class Scheduler:
                 return  # what ends now gives its place back in a moment
             if unfinished < 0:
                 unfinished = sum(s.pending for s in self._running if s.pending > 1)
-                growth = sum(map(self._growth, self._running))
+                growth = sum(map(self.room.growth, self._running))
             found = self.holdings.find(head)
             pending = head.total_len - found.tokens
             if pending > 1 and unfinished >= self.config.max_step_tokens - len(self._running):
                 return  # its prompt could not begin in this step
-            growth += self._growth(head)
-            victims = self._room_for(head, found, yielding, self._headroom(head, growth))
+            growth += self.room.growth(head)
+            victims = self.room.victims(head, found, yielding, self.room.headroom(head, growth))
             for victim in victims:
-                growth -= self._growth(victim)
+                growth -= self.room.growth(victim)
                 self._preempt(victim, draft)
             self.counters.switches += len(victims)
             if not victims or not self._admit(head, self.holdings.find(head), draft, growth):
                 return
             unfinished += head.pending
 
-    def _room_for(
-        self, head: Sequence, found: Found, yielding: list[Sequence], growth: int
-    ) -> list[Sequence]:
-        """The first of `yielding`, as many as must go so that `head` fits; none if it fits
-        without, or not even when all go: then nobody goes, and what comes free is kept for it."""
-        parent = head.parent
-        others = [sequence for sequence in yielding if sequence is not parent]
-        victims = self._enough(head, others, found, growth)
-        if not victims and parent in yielding:  # it goes as well, and there is nothing to share
-            victims = self._enough(head, yielding, Found([], 0), growth)
-        return victims
-
-    def _enough(
-        self, head: Sequence, yielding: list[Sequence], found: Found, growth: int
-    ) -> list[Sequence]:
-        missing = self.holdings.demand(head, found) + growth - self.holdings.available
-        if missing <= 0 and self.slots.available:
-            return []
-        for index, gain in enumerate(self.holdings.freed_by(yielding, found.shared)):
-            missing -= gain + self._growth(yielding[index])
-            if missing <= 0:
-                return yielding[: index + 1]
-        return []
-
     # Stage 1: running sequences.
 
-    def _serve_running(self, draft: _Draft, now: float) -> None:
+    def _serve_running(self, draft: Draft, now: float) -> None:
         order = self.policy.running_order(self._running, now)
         runnable = [s for s in order if not s.complete and self.holdings.ready(s)]
         ending = [s for s in order if s.complete]
@@ -303,7 +262,7 @@ class Scheduler:
                 draft.add(sequence, count, pending)
 
     def _make_room(
-        self, runnable: list[Sequence], coming: int, draft: _Draft
+        self, runnable: list[Sequence], coming: int, draft: Draft
     ) -> list[Sequence]:
         """Makes sequences go before pages run short, for copying them takes a step or two.
 
@@ -315,20 +274,16 @@ class Scheduler:
         Returns:
           Those that stay.
         """
-        def needs(sequence: Sequence) -> int:
-            soon = min(sequence.total_len + _AHEAD_STEPS, sequence.max_total_tokens - 1)
-            return max(0, self.pool.pages_for(soon) - len(sequence.pages))
-
-        short = sum(map(needs, runnable)) - coming - self.holdings.available
+        short = sum(map(self.room.needs, runnable)) - coming - self.holdings.available
         while short > 0 and len(runnable) > 1:
             victim = self.policy.victim(reversed(runnable))
             runnable.remove(victim)
-            short -= needs(victim) + self.holdings.freed_by([victim], ())[0]
+            short -= self.room.needs(victim) + self.holdings.freed_by([victim], ())[0]
             self._preempt(victim, draft)
         return runnable
 
     def _grow(
-        self, sequence: Sequence, count: int, draft: _Draft, runnable: list[Sequence], index: int
+        self, sequence: Sequence, count: int, draft: Draft, runnable: list[Sequence], index: int
     ) -> bool:
         """Gives `runnable[index]` the pages of its next `count` tokens; False if it can't run."""
         known = sequence.num_computed + count
@@ -347,7 +302,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence, draft: _Draft | None) -> None:
+    def _preempt(self, sequence: Sequence, draft: Draft | None) -> None:
         """Takes pages and slot away. The KV goes to a store, or is recomputed from the tokens.
 
         Args:
@@ -366,7 +321,7 @@ class Scheduler:
             if draft.copies.pop(sequence, None) is not None:
                 computed -= computed % self.pool.page_tokens
         unsaved = self.holdings.unsaved(sequence, computed)
-        sequence.swapped = draft is not None and self._swaps(computed, unsaved)
+        sequence.swapped = draft is not None and self.room.swaps(computed, unsaved)
         sequence.switch_price = float(computed)
         keep = 0
         if sequence.swapped:
@@ -380,7 +335,7 @@ class Scheduler:
         sequence.status = Status.WAITING
         self._enqueue(sequence)
 
-    def _lose(self, sequence: Sequence, draft: _Draft) -> None:
+    def _lose(self, sequence: Sequence, draft: Draft) -> None:
         """Pages of a sequence did not arrive: it goes back to the queue with those that did."""
         assert self.residency is not None
         sound = self.residency.sound_tokens(sequence)
@@ -393,32 +348,17 @@ class Scheduler:
         draft.preempted.append(sequence)
         self._enqueue(sequence)
 
-    def _swaps(self, computed: int, unsaved: int) -> bool:
-        """Whether copying out and back is cheaper than recomputing."""
-        return (
-            self.residency is not None and computed > 0 and self.residency.usable
-            and self.costs.swap(computed, unsaved) <= self.costs.recompute(computed)
-        )
-
-    def _price(self, sequence: Sequence) -> float:
-        """What it costs the others when a sequence gives way, in decode tokens at most."""
-        computed = sequence.num_computed
-        unsaved = self.holdings.unsaved(sequence, computed)
-        if self._swaps(computed, unsaved):
-            return self.costs.swap(computed, unsaved)
-        return float(computed)
-
     # Stage 2: waiting sequences.
 
-    def _admit_waiting(self, draft: _Draft, now: float) -> None:
+    def _admit_waiting(self, draft: Draft, now: float) -> None:
         growth: int | None = None  # pages the running ones may claim soon
         while draft.budget > 0 and self.slots.available:
             sequence = self._head(now)
             if sequence is None or sequence in draft.preempted:
                 return
             if growth is None:
-                growth = sum(map(self._growth, self._running))
-            growth += self._growth(sequence)
+                growth = sum(map(self.room.growth, self._running))
+            growth += self.room.growth(sequence)
             if not self._admit(sequence, self.holdings.find(sequence), draft, growth):
                 return
             if self.holdings.ready(sequence):
@@ -436,26 +376,9 @@ class Scheduler:
             self.policy.remove(sequence)  # its parent was preempted meanwhile
             self._enqueue(sequence)
 
-    def _growth(self, sequence: Sequence) -> int:
-        """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
-        policy with slices, in a whole slice if that is longer, counted from the pages it has.
-        With stores the shorter of the two, for running short costs little then."""
-        known, slice_steps = sequence.total_len, int(self.policy.growth_steps)
-        horizon = max(self.config.growth_tokens, slice_steps)
-        if self.residency is not None and slice_steps:
-            horizon = min(self.config.growth_tokens, slice_steps)
-        soon = min(known + horizon, sequence.max_total_tokens - 1)
-        if slice_steps and sequence.pages:
-            return max(0, self.pool.pages_for(soon) - len(sequence.pages))
-        return max(0, self.pool.pages_for(soon) - self.pool.pages_for(known))
-
-    def _headroom(self, sequence: Sequence, growth: int) -> int:
-        """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
-        return 0 if self.residency is not None and sequence.preemptions == 0 else growth
-
-    def _admit(self, sequence: Sequence, found: Found, draft: _Draft, growth: int) -> bool:
+    def _admit(self, sequence: Sequence, found: Found, draft: Draft, growth: int) -> bool:
         """Gives a waiting sequence its slot and the pages of its tokens."""
-        room = self._headroom(sequence, growth)
+        room = self.room.headroom(sequence, growth)
         if self.holdings.demand(sequence, found) + room > self.pool.available:
             return False
         slot = self.slots.acquire()
@@ -500,7 +423,7 @@ class Scheduler:
                 if full > self.residency.backed_tokens(sequence):
                     limit -= self.residency.back(sequence, sequence.pages, full, limit)
 
-    def _commit(self, draft: _Draft) -> Plan | None:
+    def _commit(self, draft: Draft) -> Plan | None:
         moves: tuple[Move, ...] = ()
         if self.residency is not None:
             self._write_behind()

@@ -1,0 +1,85 @@
+"""Who has to go so that somebody else fits, and at what cost: arithmetic that changes nothing."""
+
+from __future__ import annotations
+
+from aqua_jax.scheduling.cost import Costs
+from aqua_jax.scheduling.holdings import Found, Holdings
+from aqua_jax.scheduling.limits import SchedulerConfig
+from aqua_jax.scheduling.policies import Policy
+from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.slots import Slots
+
+_AHEAD_STEPS = 3  # a copy handed over now has ended, and is known to have, after two or three
+
+
+class Room:
+    """Pages and slots as the scheduler counts them."""
+
+    def __init__(
+        self, config: SchedulerConfig, policy: Policy, holdings: Holdings, costs: Costs,
+        slots: Slots,
+    ) -> None:
+        self._config, self._policy, self._holdings = config, policy, holdings
+        self._costs, self._slots = costs, slots
+        self._pool, self._residency = holdings.pool, holdings.residency
+
+    def needs(self, sequence: Sequence) -> int:
+        """Pages a running sequence will ask for before a copy begun now has ended."""
+        soon = min(sequence.total_len + _AHEAD_STEPS, sequence.max_total_tokens - 1)
+        return max(0, self._pool.pages_for(soon) - len(sequence.pages))
+
+    def victims(
+        self, head: Sequence, found: Found, yielding: list[Sequence], growth: int
+    ) -> list[Sequence]:
+        """The first of `yielding`, as many as must go so that `head` fits; none if it fits
+        without, or not even when all go: then nobody goes, and what comes free is kept for it."""
+        parent = head.parent
+        others = [sequence for sequence in yielding if sequence is not parent]
+        victims = self._enough(head, others, found, growth)
+        if not victims and parent in yielding:  # it goes as well, and there is nothing to share
+            victims = self._enough(head, yielding, Found([], 0), growth)
+        return victims
+
+    def _enough(
+        self, head: Sequence, yielding: list[Sequence], found: Found, growth: int
+    ) -> list[Sequence]:
+        missing = self._holdings.demand(head, found) + growth - self._holdings.available
+        if missing <= 0 and self._slots.available:
+            return []
+        for index, gain in enumerate(self._holdings.freed_by(yielding, found.shared)):
+            missing -= gain + self.growth(yielding[index])
+            if missing <= 0:
+                return yielding[: index + 1]
+        return []
+
+    def growth(self, sequence: Sequence) -> int:
+        """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
+        policy with slices, in a whole slice if that is longer, counted from the pages it has.
+        With stores the shorter of the two, for running short costs little then."""
+        known, slice_steps = sequence.total_len, int(self._policy.growth_steps)
+        horizon = max(self._config.growth_tokens, slice_steps)
+        if self._residency is not None and slice_steps:
+            horizon = min(self._config.growth_tokens, slice_steps)
+        soon = min(known + horizon, sequence.max_total_tokens - 1)
+        if slice_steps and sequence.pages:
+            return max(0, self._pool.pages_for(soon) - len(sequence.pages))
+        return max(0, self._pool.pages_for(soon) - self._pool.pages_for(known))
+
+    def headroom(self, sequence: Sequence, growth: int) -> int:
+        """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
+        return 0 if self._residency is not None and sequence.preemptions == 0 else growth
+
+    def swaps(self, computed: int, unsaved: int) -> bool:
+        """Whether copying out and back is cheaper than recomputing."""
+        return (
+            self._residency is not None and computed > 0 and self._residency.usable
+            and self._costs.swap(computed, unsaved) <= self._costs.recompute(computed)
+        )
+
+    def price(self, sequence: Sequence) -> float:
+        """What it costs the others when a sequence gives way, in decode tokens at most."""
+        computed = sequence.num_computed
+        unsaved = self._holdings.unsaved(sequence, computed)
+        if self.swaps(computed, unsaved):
+            return self._costs.swap(computed, unsaved)
+        return float(computed)
