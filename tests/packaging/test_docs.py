@@ -91,10 +91,10 @@ def test_commands_in_the_documents_have_the_flags_they_show() -> None:
     used: dict[str, set[str]] = {}
     for text in texts:
         # `aqua-jax COMMAND ...` in prose and recipes, `("title", "COMMAND ...")` in the demo.
-        shown = r"(?:aqua-jax |\", \")(generate|batch|bench)\b([^\n]*)"
+        shown = r"(?:aqua-jax |\", \")(generate|batch|bench|serve)\b([^\n]*)"
         for command, rest in re.findall(shown, text):
             used.setdefault(command, set()).update(re.findall(r"--([a-z_]+)", rest))
-    assert set(used) == {"generate", "batch", "bench"}
+    assert set(used) == {"generate", "batch", "bench", "serve"}
     for command, flags in used.items():
         known = set(re.findall(r"--(?:\[no\])?([a-z_]+)", help_of(command)))
         unknown = flags - known - {"help"}
