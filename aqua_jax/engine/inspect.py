@@ -6,6 +6,7 @@ tier below the pool) is null.
 
 from __future__ import annotations
 
+import collections
 import time
 from typing import Any
 
@@ -27,6 +28,7 @@ def inspect(engine: Engine) -> dict[str, Any]:
       "waiting" or "swapped"; "stats": `Engine.stats()`; "time": `time.monotonic()`, seconds.
     """
     now = time.monotonic()
+    residency = engine._scheduler.residency
     rows = []
     for request in engine._requests.values():
         metrics = request.output.metrics
@@ -38,11 +40,20 @@ def inspect(engine: Engine) -> dict[str, Any]:
             if sequence.status is Status.FINISHED:
                 continue
             pool = len(sequence.pages)
+            peer = host = None
+            if residency is not None:
+                # Copies that could be read now, whether or not the pool has the page as well.
+                names = collections.Counter(
+                    stored.store.name for _, stored, _ in residency.find(sequence) if stored.tokens
+                )
+                peer, host = names["peer"], names["host"]
             state = "running" if sequence.status is Status.RUNNING else "waiting"
+            if state == "waiting" and sequence.swapped:
+                state = "swapped"
             rows.append((
                 sequence.request_id, sequence.sample_index, sequence.user, state,
                 sequence.prompt_len, len(sequence.tokens) - sequence.prompt_len,
-                sequence.num_computed, age, ttft, None, None, pool, None, None,
+                sequence.num_computed, age, ttft, None, None, pool, peer, host,
                 sequence.preemptions,
             ))
     return {"columns": COLUMNS, "rows": rows, "stats": engine.stats(), "time": now}
