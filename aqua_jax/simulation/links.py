@@ -64,7 +64,7 @@ class CopyQueue:
             link = self._links[move.store.name]
             size = move.count * move.store.slot_bytes // self._page_tokens
             way = (link.store, move.inward and link.duplex)
-            seconds = link.copy_s + size / link.bytes_per_s
+            seconds = self.seconds(move)
             end = max(begin, self._free_at.get(way, 0.0)) + seconds
             self._free_at[way] = end
             self.busy_s += seconds
@@ -74,6 +74,12 @@ class CopyQueue:
                 self.bytes_out += size
             heapq.heappush(self._under_way, (end, self._count, move))
             self._count += 1
+
+    def seconds(self, move: Move) -> float:
+        """How long the link is busy with a move."""
+        link = self._links[move.store.name]
+        size = move.count * move.store.slot_bytes // self._page_tokens
+        return link.copy_s + size / link.bytes_per_s
 
     def ended(self, now: float) -> list[Move]:
         """The moves that have ended and were not reported before, in the order of their ends."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.models.config import ModelConfig
+from aqua_jax.scheduling.cost import CostConfig
 from aqua_jax.simulation.cost import Line, ModelShape, Roofline, StepCost
 from aqua_jax.simulation.links import Link
 
@@ -42,6 +43,7 @@ class System:
       page_bytes: of a page of keys and values.
       num_pages: of the pool.
       links: to the stores, fastest first.
+      interference: the part of a copy's time that the steps beside it lose.
     """
 
     name: str
@@ -52,6 +54,7 @@ class System:
     page_bytes: int
     num_pages: int
     links: tuple[Link, ...]
+    interference: float
 
     def with_links(self, names: tuple[str, ...]) -> System:
         """The same with these stores only."""
@@ -167,6 +170,9 @@ def build_system(name: str, model: ModelConfig | None, page_tokens: int = 16) ->
     return System(
         file.plain("name", str), "modelled", cost, device["host_s"], page_tokens, page_bytes,
         num_pages, links,
+        # Copies take their bytes of the memory's bandwidth; copy engines do the rest.
+        min(1.0, max((link.bytes_per_s for link in links), default=0.0)
+            / (devices * cost.bytes_per_s)),
     )
 
 
@@ -185,5 +191,5 @@ def _fitted(file: _File) -> System:
     return System(
         file.plain("name", str), "fitted", line, float(engine.plain("host_s", (int, float))),
         engine.plain("page_tokens", int), engine.plain("page_bytes", int),
-        engine.plain("num_pages", int), links,
+        engine.plain("num_pages", int), links, CostConfig().interference,
     )

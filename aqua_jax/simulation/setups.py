@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from aqua_jax.errors import ConfigError
-from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.pages import FarthestNextUse, PagePool
+from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.cost import CostConfig, Costs
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
@@ -107,7 +109,7 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
     if stores is None and setup.policy in _RECOMPUTING:
         stores = ()
     system = system if stores is None else system.with_links(stores)
-    pool = PagePool(system.num_pages, system.page_tokens)
+    pool = PagePool(system.num_pages, system.page_tokens, FarthestNextUse())
     limited = min(limits.max_model_len, system.num_pages * system.page_tokens)
     queue = CopyQueue(system.links, system.page_tokens)
     if setup.policy == "aqua_reference":
@@ -116,7 +118,11 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
         return AquaReference(config, pool, make_stores(system), steps), queue
     growth = {"growth_tokens": 0} if setup.policy == "vllm" else {}
     config = SchedulerConfig(limits.max_num_seqs, limits.max_step_tokens, limited, **growth)
-    return Scheduler(config, make_policy(setup, limits), pool), queue
+    stores_here = make_stores(system)
+    residency = Residency(pool, stores_here) if stores_here else None
+    costs = Costs(system.page_tokens, CostConfig(interference=system.interference))
+    policy = make_policy(setup, limits)
+    return Scheduler(config, policy, pool, residency=residency, costs=costs), queue
 
 
 def make_stores(system: System) -> list[SlotStore]:

@@ -13,19 +13,21 @@ import collections
 import dataclasses
 import math
 from collections.abc import Sequence as Sequence_
-from typing import Any, Protocol
+from typing import Protocol
 
 from aqua_jax.bench.open_loop import SAMPLE_EVERY_S, Run, Sample, Served
 from aqua_jax.bench.traces import MOONCAKE_BLOCK, TraceRequest
 from aqua_jax.errors import SimulationError
 from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.limits import SchedulerCounters
 from aqua_jax.scheduling.plan import Plan
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.simulation.cost import StepCost
 from aqua_jax.simulation.links import CopyQueue
-from aqua_jax.simulation.work import work_of
+from aqua_jax.simulation.work import Work, work_of
 
 RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for, as in the engine
 _OWN = 1 << 40  # token ids of a request's own from here on: no two requests share one
@@ -62,7 +64,7 @@ class Observer(Protocol):
     """Sees what happens, for recordings and tests."""
 
     def planned(self, plan: Plan, now: float, begin: float, end: float) -> None:
-        """A plan was made; its step will run from begin to end."""
+        """A plan was made; its step, if it has one, will run from begin to end."""
 
 
 @dataclasses.dataclass
@@ -89,6 +91,16 @@ class Outcome:
     bytes_in: int
     link_s: float
     wait_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A dispatched step."""
+
+    plan: Plan
+    work: Work
+    begin: float
+    end: float
 
 
 def prompt_of(request: TraceRequest, number: int) -> list[int]:
@@ -128,8 +140,12 @@ class Simulator:
         self._scheduler = scheduler
         self._cost = cost
         self._queue = CopyQueue((), scheduler.pool.page_tokens) if queue is None else queue
-        self._stores: tuple[Store, ...] = tuple(getattr(scheduler, "stores", ()))
-        self._residency: Any = getattr(scheduler, "residency", None)
+        self._residency: Residency | None = getattr(scheduler, "residency", None)
+        self._costs: Costs | None = getattr(scheduler, "costs", None)
+        stores = getattr(scheduler, "stores", ())
+        if self._residency is not None:
+            stores = self._residency.stores
+        self._stores: tuple[Store, ...] = tuple(stores)
         self._steps_wait = bool(getattr(scheduler, "steps_wait_for_moves", False))
         self._host_s = host_s
         if run_ahead is None:
@@ -140,7 +156,7 @@ class Simulator:
         self._clock = 0.0
         self._device_free = 0.0
         self._device_s = self._wait_s = 0.0
-        self._pending: collections.deque[tuple[Plan, float]] = collections.deque()
+        self._pending: collections.deque[_Step] = collections.deque()
         self._by_sequence: dict[Sequence, Served] = {}
         self._samples: list[Sample] = []
         self._sent = self._started = self._finished = self._steps = self._taken = 0
@@ -188,14 +204,14 @@ class Simulator:
 
     def _step(self) -> None:
         now = self._clock
-        for move in self._queue.ended(now):
-            self._report(move)
+        self._report_moves(now)
         plan = self._scheduler.plan(now)
         self._clock += self._host_s
+        runs = plan is not None and bool(plan.chunks)
         if plan is not None:
             self._dispatch(plan, now)
-        if self._pending and (plan is None or len(self._pending) > self._run_ahead):
-            self._take_in(*self._pending.popleft())
+        if self._pending and (not runs or len(self._pending) > self._run_ahead):
+            self._take_in(self._pending.popleft())
         elif plan is None:
             self._idle()
 
@@ -206,18 +222,23 @@ class Simulator:
             ready = max(begin, self._queue.last_end())
             self._wait_s += ready - begin
             begin = ready
-        seconds = self._cost.seconds(work_of(plan, self._scheduler.pool.page_tokens))
-        end = begin + seconds
-        self._device_s += seconds
-        self._device_free = end
-        self._steps += 1
-        self._pending.append((plan, end))
+        end = begin
+        if plan.chunks:
+            work = work_of(plan, self._scheduler.pool.page_tokens)
+            end += self._cost.seconds(work)
+            self._device_s += end - begin
+            self._device_free = end
+            self._steps += 1
+            self._pending.append(_Step(plan, work, begin, end))
         if self._observer is not None:
             self._observer.planned(plan, planned, begin, end)
 
-    def _take_in(self, plan: Plan, end: float) -> None:
-        self._clock = max(self._clock, end)
+    def _take_in(self, step: _Step) -> None:
+        plan, work = step.plan, step.work
+        self._clock = max(self._clock, step.end)
         self._taken += 1
+        if self._costs is not None:
+            self._costs.observe_step(work.prefill_tokens, work.decodes, step.end - step.begin)
         clock, scheduler, token = self._clock, self._scheduler, self._tokens
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -257,6 +278,12 @@ class Simulator:
             )
         self._clock = max(self._clock, happens)
 
-    def _report(self, move: Any) -> None:
-        if self._residency is not None:
+    def _report_moves(self, now: float) -> None:
+        ended = self._queue.ended(now)
+        if not ended or self._residency is None:
+            return
+        for move in ended:
             self._residency.finished(move, True, None)
+        if self._costs is not None:
+            pages = sum(move.count for move in ended) / self._scheduler.pool.page_tokens
+            self._costs.observe_moves(pages, sum(map(self._queue.seconds, ended)))
