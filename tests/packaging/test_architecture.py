@@ -45,6 +45,8 @@ HOST_ONLY = (
     "aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory", "aqua_jax.coordinator",
     "aqua_jax.simulation",
 )
+# But these: `aqua_jax.memory.Aqua` takes JAX arrays. Nothing host-only may import them.
+DEVICE_SIDE = ("aqua_jax.memory.arrays", "aqua_jax.memory.tensor")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}
@@ -158,7 +160,7 @@ def test_no_import_goes_round_in_a_circle() -> None:
 
 
 def test_planning_imports_no_device_library() -> None:
-    starts = [name for name in modules() if name.startswith(HOST_ONLY)]
+    starts = [name for name in modules() if name.startswith(HOST_ONLY) and name not in DEVICE_SIDE]
     assert len(starts) > len(HOST_ONLY)
     pending, seen, wrong = list(starts), set(), []
     while pending:
@@ -173,7 +175,7 @@ def test_planning_imports_no_device_library() -> None:
 
 
 def test_planning_runs_without_loading_jax() -> None:
-    starts = [name for name in modules() if name.startswith(HOST_ONLY)]
+    starts = [name for name in modules() if name.startswith(HOST_ONLY) and name not in DEVICE_SIDE]
     code = f"import sys, {', '.join(starts)}; print({DEVICE_LIBRARIES} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr

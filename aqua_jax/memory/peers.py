@@ -1,0 +1,141 @@
+"""The tier of borrowed memory: grows by leases, on demand or from a thread in the background."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from aqua_jax.errors import AquaError, ConfigError
+from aqua_jax.memory.segments import LeaseSegment, Segment, growth
+from aqua_jax.memory.sources import LeaseSource
+
+_log = logging.getLogger(__name__)
+
+# After a refusal or no answer, a lender is left alone for so long; in the background, longer with
+# each further one.
+RETRY_S = 1.0
+MOST_RETRY_S = 30.0
+
+
+class PeerTier:
+    """Leases from one or several sources, nearest first.
+
+    `grow` asks a source and waits for its answer. `wish` lets a thread do that; what it gets lies
+    in `arrivals` until somebody adopts it.
+    """
+
+    name = "peer"
+
+    def __init__(
+        self, sources: Sequence[LeaseSource], limit: int | None = None, *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+          sources: whom to ask, in this order; owned.
+          limit: most bytes to hold; None: what they lend.
+          clock: in seconds.
+
+        Raises:
+          ConfigError: a limit below 0.
+        """
+        if limit is not None and limit < 0:
+            raise ConfigError("peer_bytes", limit, "0 or more, or None")
+        self.limit = limit
+        self.segments: tuple[Segment, ...] = ()
+        self.arrivals: deque[Segment] = deque()
+        self._sources = tuple(sources)
+        self._clock = clock
+        self._asking = threading.Lock()  # one question at a time
+        self._not_before = [float("-inf")] * len(self._sources)
+        self._leases: list[LeaseSegment] = []  # all that may still hold bytes
+        self._wished = 0
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def grow(self, need: int) -> Segment | None:
+        """Borrows `need` bytes, or as much of them as there is in one piece.
+
+        Returns:
+          None when nobody has room, or all have refused within the last RETRY_S, or somebody else
+          is asking at the moment.
+        """
+        if not self._asking.acquire(blocking=False):
+            return None
+        try:
+            return self._borrow(need, patient=False)
+        finally:
+            self._asking.release()
+
+    def _borrow(self, need: int, *, patient: bool) -> LeaseSegment | None:
+        self._leases = [s for s in self._leases if not s.lease.closed]
+        held = sum(s.lease.held.total for s in self._leases)
+        size = growth(need, held)
+        if self.limit is not None:
+            size = min(size, self.limit - held)
+        if size < 1 or self._closing.is_set():
+            return None
+        for index, source in enumerate(self._sources):
+            if not patient and self._clock() < self._not_before[index]:
+                continue
+            try:
+                lease = source.borrow(size)
+            except AquaError as error:
+                _log.info("no memory to borrow: %s", error)
+                lease = None
+            if lease is not None:
+                segment = LeaseSegment(lease)
+                self._leases.append(segment)
+                return segment
+            self._not_before[index] = self._clock() + RETRY_S
+        return None
+
+    def asked(self) -> bool:
+        """Whether a lender wants memory back, or is gone: some flags, no lock."""
+        for segment in self.segments:
+            lease = segment.lease  # type: ignore[attr-defined]
+            if not lease.alive or lease.keep < lease.held.total:
+                return True
+        return False
+
+    def wish(self, size: int) -> None:
+        """Says how many bytes more would be of use; 0: none. Doesn't wait."""
+        self._wished = size
+        if size > 0 and self._sources and not self._closing.is_set():
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="aqua-peers", daemon=True)
+                self._thread.start()
+            self._wake.set()
+
+    def _run(self) -> None:
+        delay = RETRY_S
+        while not self._closing.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            while self._wished > 0 and not self._closing.is_set():
+                with self._asking:
+                    segment = self._borrow(self._wished, patient=True)
+                if segment is None:
+                    self._closing.wait(delay)
+                    delay = min(2 * delay, MOST_RETRY_S)
+                else:
+                    delay = RETRY_S
+                    self._wished -= segment.extents.size
+                    self.arrivals.append(segment)
+
+    def close(self) -> None:
+        """Ends the thread, gives back what nobody adopted, and ends the connections. Repeatable.
+
+        Segments in use are closed before.
+        """
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        while self.arrivals:
+            self.arrivals.popleft().close()
+        for source in self._sources:
+            source.close()
