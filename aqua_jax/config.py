@@ -188,6 +188,7 @@ class EngineConfig:
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
     warmup: Literal["none", "minimal", "full"] = "minimal"
     compile_cache_dir: str | None = None  # None: the user's cache directory; "": no cache
+    trace_events: str = ""  # file for a timeline of the engine, for ui.perfetto.dev; "": none
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -231,6 +232,7 @@ class EngineConfig:
         )
         for field in ("prefix_caching", "deterministic", "verify_pages"):
             check(isinstance(getattr(self, field), bool), field, "true or false")
+        check(isinstance(self.trace_events, str), "trace_events", "a file's path, or empty")
         host = self.host_kv_memory
         check(
             host is None or (_is_int(host) and host >= 0), "host_kv_memory",

@@ -119,6 +119,10 @@ def define_engine_flags(flags: FlagSet) -> None:
             "compile_cache_dir", None, "Where compiled programs are kept between runs; default: "
             "the user's cache directory; empty: nowhere.", "DIR",
         )
+        flags.string(
+            "trace_events", "", "Write a timeline of steps, requests and page moves, which "
+            "ui.perfetto.dev shows.", "FILE",
+        )
 
 
 def define_sampling_flags(flags: FlagSet, title: str = "Sampling") -> None:

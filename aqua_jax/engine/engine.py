@@ -11,6 +11,7 @@ back what lenders want; it waits for moves only when neither a step nor a token 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class Engine:
         self._eos = frozenset(parts.eos_token_ids)
         self._scheduler, self._pool = parts.scheduler, parts.pool
         self._runner: Runner = parts.runner
-        self._pager = parts.pager
+        self._pager, self._trace = parts.pager, parts.trace
         self._implementations = parts.implementations
         self._startup = parts.timings
         self.metrics = EngineMetrics()
@@ -73,6 +74,7 @@ class Engine:
         self._numbers = itertools.count()
         self._sequence_ids = itertools.count()
         self._failures_in_row = 0
+        self._taken_in = 0.0  # when the last step's results had come, on time.perf_counter()
         self._dead: BaseException | None = None
 
     # Requests.
@@ -128,6 +130,8 @@ class Engine:
         for sample in request.samples:
             self._scheduler.add(sample.sequence)  # refuses the first one or none
             self._samples[sample.sequence.seq_id] = (request, sample)
+            if self._trace is not None:
+                self._trace.added(sample.sequence)
         self._requests[request_id] = request
         self.metrics.requests_added += 1
 
@@ -178,6 +182,8 @@ class Engine:
             if plan is not None:
                 record = self._runner.dispatch(plan)
                 self._count_plan(plan)
+                if self._trace is not None:
+                    self._trace.dispatched(plan, started)
             if record is not None:
                 self._pending.append(record)
             if self._pending and (record is None or len(self._pending) > _RUN_AHEAD):
@@ -225,7 +231,11 @@ class Engine:
             "live_requests": len(self._requests),
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
-            "paging": None if self._pager is None else self._pager.stats(),
+            "swapped": sum(
+                sample.sequence.swapped and sample.sequence.status is Status.WAITING
+                for _, sample in list(self._samples.values())
+            ),
+            "paging": self._paging_stats(),
             "switches": self._scheduler.counters.switches,
             "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
@@ -235,6 +245,13 @@ class Engine:
         }
 
     # Inside.
+
+    def _paging_stats(self) -> dict[str, Any] | None:
+        if self._pager is None:
+            return None
+        residency = self._scheduler.residency
+        planned = {} if residency is None else dataclasses.asdict(residency.counters)
+        return {**self._pager.stats(), **planned}
 
     @property
     def _waited_s(self) -> float:
@@ -278,7 +295,14 @@ class Engine:
     def _take_in(self, record: StepRecord) -> list[RequestOutput]:
         started = time.perf_counter()
         packed, prompt_packed = Runner.read(record)
-        self.metrics.wait_s += time.perf_counter() - started
+        ended = time.perf_counter()
+        self.metrics.wait_s += ended - started
+        # The device began with it when it had been dispatched and the step before had ended.
+        began = max(record.dispatched, self._taken_in)
+        self._scheduler.costs.observe_step(record.prefill, record.decodes, ended - began)
+        self._taken_in = ended
+        if self._trace is not None:
+            self._trace.taken_in(record, started)
         self._failures_in_row = 0
         changed: dict[str, Request] = {}
         if prompt_packed is not None:
@@ -353,6 +377,8 @@ class Engine:
                 output.finish_reason, output.stop_reason = "stop", stop
         request.unfinished -= 1
         self._scheduler.finish(sample.sequence)
+        if self._trace is not None:
+            self._trace.ended(sample.sequence, output.finish_reason)
 
     def _take_prompt_logprobs(self, rows: PromptRows, packed: np.ndarray) -> None:
         if rows.sequence.status is Status.FINISHED:
@@ -399,6 +425,8 @@ class Engine:
             self._pager.reset()
         self._scheduler.reset()
         self._runner.reset()
+        if self._trace is not None:
+            self._trace.reset()
         return []
 
     def _die(self, error: Exception) -> list[RequestOutput]:
@@ -427,6 +455,8 @@ class Engine:
             if self._pager is not None:
                 self._pager.close()
             self._runner.close()
+            if self._trace is not None:
+                self._trace.close()
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -78,7 +78,8 @@ class Pager:
 
     def __init__(
         self, planner: Planner, stores: Sequence[OwnedStore], kv: jax.Array | jax.ShapeDtypeStruct,
-        *, verify: bool = False,
+        *, verify: bool = False, observe: Callable[[float, float], None] | None = None,
+        ended: Callable[[Move, bool], None] | None = None,
     ) -> None:
         """
         Args:
@@ -86,8 +87,11 @@ class Pager:
           stores: where pages go, with slots of a page's bytes; owned, closed by `close`.
           kv: the pool, [P, L, 2, page_tokens, K, D], or its shape.
           verify: compute checksums of what is copied out.
+          observe: told how many pages, in sum, were copied in how many seconds of the workers.
+          ended: told about each move as the planner is, for a timeline.
         """
         self._planner, self._verify = planner, verify
+        self._observe, self._ended = observe, ended
         self._kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype)
         self._pool = MovePool.of(self._kv)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
@@ -97,7 +101,7 @@ class Pager:
         self._tickets = np.zeros(0, np.uint64)
         self._under_way: list[Move] = []
         self._refused: list[tuple[Move, str]] = []  # never handed over; reported by `poll`
-        self._before = copy_queue.counters()
+        self._before = self._last = copy_queue.counters()
         self._failed: collections.Counter[str] = collections.Counter()
         self._bytes_out = self._bytes_in = 0
         self.wait_s = 0.0
@@ -198,7 +202,16 @@ class Pager:
         for index in over:
             status = Status(statuses[index])
             self._report(moves[index], status.name, int(checksums[index]))
+        self._observe_copies()
         return ended + len(over)
+
+    def _observe_copies(self) -> None:
+        if self._observe is None:
+            return
+        now, last = copy_queue.counters(), self._last
+        copied = now.bytes_out + now.bytes_in - last.bytes_out - last.bytes_in
+        self._observe(copied / self._pool.page_bytes, (now.busy_ns - last.busy_ns) * _NANO)
+        self._last = now
 
     def _report(self, move: Move, status: str, checksum: int | None) -> None:
         store = move.store
@@ -216,6 +229,8 @@ class Pager:
             self._failed[status] += 1
         wanted = ok and self._verify and not move.inward
         self._planner.finished(move, ok, checksum if wanted else None)
+        if self._ended is not None:
+            self._ended(move, ok)
 
     def _leave_lost_stores(self) -> None:
         for tier in self._tiers:

@@ -8,6 +8,7 @@ plans the next step. Nothing here decides anything.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 
@@ -46,6 +47,9 @@ class StepRecord:
     prompt_rows: tuple[PromptRows, ...]
     prompt_packed: jax.Array | None  # i32[T, W]
     fence: jax.Array  # ready once the step's forward pass is done
+    prefill: int  # prompt tokens in it, recomputed ones included
+    decodes: int
+    dispatched: float  # `time.perf_counter()`
 
 
 class SlotState:
@@ -134,7 +138,11 @@ class Runner:
         packed = self._sample(sampled, picked) if sampled else None
         prompt_rows, prompt_packed = self._prompt_logprobs(plan, hidden, bucket)
         rows = tuple(chunk.sequence for chunk in sampled)
-        return StepRecord(plan.step_id, rows, packed, prompt_rows, prompt_packed, picked)
+        decodes = sum(chunk.count == 1 for chunk in plan.chunks)
+        return StepRecord(
+            plan.step_id, rows, packed, prompt_rows, prompt_packed, picked,
+            plan.num_tokens - decodes, decodes, time.perf_counter(),
+        )
 
     def _dispatch_moves(self, moves: np.ndarray, head: np.ndarray) -> None:
         layout = MoveVector.layout(self._spec.max_moves)

@@ -6,11 +6,12 @@ value and what is allowed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +25,26 @@ from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.runner import Runner
+from aqua_jax.engine.tiers import Tiers, open_tiers
+from aqua_jax.engine.trace_events import TraceEvents
 from aqua_jax.errors import ConfigError
 from aqua_jax.models.config import ModelConfig
 from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
+from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
+from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 from aqua_jax.scheduling.slices import SliceConfig
 
+# Page moves that one step has room for: 56 bytes each in the step's vector, so that thousands more
+# are handed over at once than would fit into the time of the step.
+_MAX_MOVES = 1024
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -53,6 +61,7 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     pager: Pager | None  # None: pages never move
+    trace: TraceEvents | None
     implementations: dict[str, str]  # op -> implementation in use
     timings: dict[str, float]  # seconds by phase
 
@@ -63,15 +72,27 @@ def build(
 ) -> Parts:
     """Load, size and compile everything an engine needs.
 
+    What it borrows of others is given back if it fails.
+
     Args:
       config: the engine's configuration.
       lookup: the request and sample of a sequence, for the runner.
       progress: called with (done, total) programs while compiling.
 
     Raises:
-      ConfigError: the configuration does not fit the model or the pool.
+      ConfigError: the configuration does not fit the model or the pool, or a lender.
       ModelLoadError: the model cannot be read.
     """
+    with contextlib.ExitStack() as opened:
+        parts = _build(config, lookup, progress, opened)
+        opened.pop_all()
+    return parts
+
+
+def _build(
+    config: EngineConfig, lookup: Callable[[Sequence], tuple[Request, Sample]],
+    progress: Callable[[int, int], None] | None, opened: contextlib.ExitStack,
+) -> Parts:
     timings: dict[str, float] = {}
     started = time.monotonic()
     enable_compile_cache(config.compile_cache_dir)
@@ -91,6 +112,10 @@ def build(
     num_pages = pool_pages(config, model, kv_dtype.itemsize)
     max_model_len = model_length(config, model, num_pages * config.page_tokens)
     attention = _attention(config)
+    page_bytes = page_size(config, model, kv_dtype.itemsize)
+    # Before the programs are compiled: a lender that can't be reached is known at once.
+    tiers = open_tiers(config, attention, num_pages, page_bytes)
+    opened.callback(tiers.close)
     spec = StepSpec(
         sequences=config.max_num_seqs,
         table_width=-(-max_model_len // config.page_tokens),
@@ -103,6 +128,7 @@ def build(
         counts_rows=pack or not config.deterministic,
         attention=attention,
         head_dim=model.head_dim,
+        max_moves=min(_MAX_MOVES, 2 * num_pages) if tiers.stores else 0,
     )
     shape = (
         num_pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim
@@ -117,17 +143,22 @@ def build(
     warmup_started = time.monotonic()
     programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
-    pool = PagePool(num_pages, config.page_tokens)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
-            max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
-        ),
-        _policy(config),
-        pool,
-        PrefixCache(pool) if config.prefix_caching else None,
-    )
-    runner = Runner(programs, params, make_kv, kv, spec, lookup)
+    scheduler = _scheduler(config, num_pages, max_model_len, tiers, spec.max_moves)
+    trace = None
+    if config.trace_events:
+        trace = TraceEvents(
+            config.trace_events, scheduler.pool, cast(tuple[Store, ...], tiers.stores)
+        )
+        opened.callback(trace.close)
+    pager = None
+    if scheduler.residency is not None:
+        pager = Pager(
+            scheduler.residency, tiers.stores, kv, verify=config.verify_pages,
+            observe=scheduler.costs.observe_moves,
+            ended=None if trace is None else trace.move_finished,
+        )
+        opened.callback(pager.close)
+    runner = Runner(programs, params, make_kv, kv, spec, lookup, pager)
     timings["ready_s"] = time.monotonic() - started
     logging.info(
         "%s: %.1fM parameters %s, %d pages of %d tokens, ready in %.1f s",
@@ -137,11 +168,28 @@ def build(
     tokenizer = None if isinstance(loaded.tokenizer, loading.NoTokenizer) else loaded.tokenizer
     implementations = {
         **library.implementations(), "attention": attention, "linear": "ffi" if pack else "xla",
-        "platform": jax.default_backend(),
+        "moves": tiers.moves, "platform": jax.default_backend(),
     }
     return Parts(
-        model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, pool,
-        scheduler, runner, None, implementations, timings,
+        model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, scheduler.pool,
+        scheduler, runner, pager, trace, implementations, timings,
+    )
+
+
+def _scheduler(
+    config: EngineConfig, num_pages: int, max_model_len: int, tiers: Tiers, max_moves: int
+) -> Scheduler:
+    pool = PagePool(num_pages, config.page_tokens)
+    limits = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
+        max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
+    )
+    prefix = PrefixCache(pool) if config.prefix_caching else None
+    if not tiers.stores:
+        return Scheduler(limits, _policy(config), pool, prefix)
+    return Scheduler(
+        dataclasses.replace(limits, max_moves=max_moves), _policy(config), pool, prefix,
+        Residency(pool, cast(tuple[Store, ...], tiers.stores), verify=config.verify_pages),
     )
 
 
@@ -161,13 +209,18 @@ def enable_compile_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def page_size(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
+    """Bytes of a page: keys and values of its tokens in all layers."""
+    return model.num_layers * 2 * model.kv_size * itemsize * config.page_tokens
+
+
 def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
     """Pages of the KV pool.
 
     Raises:
       ConfigError: not even one page, or more than this machine's memory.
     """
-    page_bytes = model.num_layers * 2 * model.kv_size * itemsize * config.page_tokens
+    page_bytes = page_size(config, model, itemsize)
     if config.kv_cache_tokens is not None:
         field, value = "kv_cache_tokens", config.kv_cache_tokens
         pages = value // config.page_tokens

@@ -37,11 +37,12 @@ class Tiers:
             store.close()
 
 
-def open_tiers(config: EngineConfig, pages: int, page_bytes: int) -> Tiers:
+def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int) -> Tiers:
     """Opens what the configuration asks for.
 
     Args:
       config: the engine's.
+      attention: the implementation in use.
       pages: of the pool.
       page_bytes: of one page in the pool, and so of a slot.
 
@@ -49,7 +50,7 @@ def open_tiers(config: EngineConfig, pages: int, page_bytes: int) -> Tiers:
       ConfigError: the lender can't be reached or grants nothing, or memory that was asked for
         isn't there.
     """
-    why = _why_not(config)
+    why = _why_not(config, attention)
     if why:
         if config.peer or config.host_kv_memory:
             logging.warning("pages that give way are recomputed, not kept: %s", why)
@@ -69,10 +70,13 @@ def open_tiers(config: EngineConfig, pages: int, page_bytes: int) -> Tiers:
     return Tiers(tuple(stores), "ffi" if stores else "none: there is no memory to move pages to")
 
 
-def _why_not(config: EngineConfig) -> str:
+def _why_not(config: EngineConfig, attention: str) -> str:
     """Why pages can't be kept; empty if they can."""
     if not config.swaps:
         return f"policy {config.policy} recomputes"
+    if attention != "ffi":
+        # With a bf16 pool XLA converts all of it there and back, pages just copied in included.
+        return f"attention {attention} may rewrite pages that others are copying"
     if not library.use("aqua_enqueue_moves"):
         return library.reason() or "moves have no implementation on this platform"
     return ""
@@ -91,6 +95,8 @@ def _host(config: EngineConfig, pages: int, page_bytes: int) -> HostStore | None
         raise ConfigError(
             "host_kv_memory", size, f"0, or at least a page: {page_bytes} bytes for this model"
         )
+    elif size > (room := available_memory()):
+        raise ConfigError("host_kv_memory", size, f"at most {room}, the memory available now")
     try:
         return HostStore(size // page_bytes * page_bytes, page_bytes, config.page_tokens)
     except ConfigError as error:

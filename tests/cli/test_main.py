@@ -125,6 +125,7 @@ def test_flags_set_every_field():
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
         "--noprefix_caching", "--policy=fair", "--slice_steps=9", "--tbt_slo_ms=5",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
+        "--trace_events=e.json",
         "--attention=reference", "--matmul=xla",
         "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
         "--max_new_tokens=9", "--n=2", "--stop=a", "--stop=b", "--stop_token_ids=4", "--top_k=3",

@@ -105,15 +105,15 @@ def paged_engine(
         runner = engine._runner
         spec = dataclasses.replace(runner._spec, max_moves=MAX_MOVES)
         params = dict(zip(runner.programs.names, runner._params, strict=True))
-        shape = runner.kv.shape
+        shape, dtype = runner.kv.shape, runner.kv.dtype
         random = np.random.default_rng(1).standard_normal(shape, np.float32)
         programs = Programs(runner.programs._graphdef, params, runner.kv, spec)
         programs.warm_up(warm_up)
         planner = Planner()
         pager = Pager(planner, stores, runner.kv, verify=verify)
         engine._runner = Runner(
-            programs, params, lambda: jnp.zeros(shape), jnp.array(random), spec, engine._lookup,
-            pager,
+            programs, params, lambda: jnp.zeros(shape, dtype), jnp.array(random, dtype), spec,
+            engine._lookup, pager,
         )
         engine._pager = pager
         pages = engine._pool.allocate(spare)

@@ -79,7 +79,7 @@ def test_answers_are_identical_whatever_happens_around_them(tmp_path, dtype, imp
             "max_chunk_tokens": generator.choice([None, 1, 5, 16, 31]),
             "prefix_caching": generator.random() < 0.7,
             "kv_cache_tokens": generator.choice([256, 320, 1024]),
-            "policy": generator.choice(["fcfs", "fair", "priority"]),
+            "policy": generator.choice(["fcfs", "fair", "fcfs_swap", "priority"]),
             "slice_steps": generator.choice([None, 3, 20]),
         }
         with tiny_engine(tmp_path, **fixed, **settings) as engine:
@@ -89,8 +89,8 @@ def test_answers_are_identical_whatever_happens_around_them(tmp_path, dtype, imp
             assert stats["pages"]["in_use"] == 0 and stats["pool_resets"] == 0
             preemptions += stats["preemptions"]
             cached += stats["cached_tokens"]
-    assert cached > 0
-    assert preemptions > 0 or implementation == "plain"
+    # Two draws of the settings, as plain has, need not have either.
+    assert implementation == "plain" or (cached > 0 and preemptions > 0)
 
 
 def test_without_the_flag_every_token_is_within_tolerance_of_the_best(tmp_path):
