@@ -56,7 +56,7 @@ $(VENV)/.stamp-demo: | $(VENV)/.stamp-install
 
 setup: $(VENV)/.stamp-install $(VENV)/.stamp-demo $(VENV)/.stamp-torch  ## Make .venv/ with all that demo and tests need
 
-demo: $(VENV)/.stamp-install $(VENV)/.stamp-demo  ## Answer a few prompts with SmolLM2-135M
+demo: $(VENV)/.stamp-install $(VENV)/.stamp-demo  ## A burst on SmolLM2-135M with memory for a tenth of it
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: setup  ## Run the tests (ARGS="-k name" for some)
