@@ -78,6 +78,8 @@ def check_prompt(prompt: Prompt, field: str = "prompt") -> str | list[int]:
         ids = list(prompt)
         if not ids:
             raise RequestError(field, ids, "at least one token id")
+        if set(map(type, ids)) == {int} and min(ids) >= 0:
+            return ids  # a tenth of the time of the loop, which is there to name the wrong one
         for position, token in enumerate(ids):
             if not is_token(token):
                 raise RequestError(f"{field}[{position}]", token, "token ids, integers >= 0")

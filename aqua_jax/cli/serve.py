@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 # Fields of EngineConfig that this command sets itself, such as {"policy": "fair"}.
 ENGINE_DEFAULTS: dict[str, object] = {}
 
-_SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0005
 
 
 def define(flags: FlagSet) -> None:
@@ -94,7 +94,7 @@ def run(flags: FlagSet) -> int:
         _allow_connections()
         # The event loop works in short bursts; the step loop shouldn't wait for the usual 5 ms
         # when it wants the interpreter back.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         _log.info("loading: %s", common.summary(engine_config))
 
         from aqua_jax.engine.async_engine import AsyncEngine

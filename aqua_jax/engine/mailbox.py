@@ -8,12 +8,11 @@ event loop is woken up once a step, however many of its answers grew.
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from aqua_jax.engine.outputs import CompletionOutput, RequestOutput
+from aqua_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from aqua_jax.errors import EngineDeadError
 
 
@@ -128,8 +127,11 @@ def _state(live: RequestOutput, marks: list[_Mark], finished: bool) -> RequestOu
             None if logprobs is None else logprobs[: mark.num_tokens], mark.finish_reason,
             mark.stop_reason,
         ))
-    metrics = copy.copy(live.metrics)
-    metrics.num_output_tokens = sum(mark.num_tokens for mark in marks)
+    times = live.metrics  # copy.copy takes five times as long
+    metrics = RequestMetrics(
+        times.arrival_time, times.first_token_time, times.finished_time,
+        sum([mark.num_tokens for mark in marks]), times.num_cached_tokens, times.num_preemptions,
+    )
     return RequestOutput(
         live.request_id, live.prompt, live.prompt_token_ids, outputs, finished, metrics,
         live.prompt_logprobs, live.error,

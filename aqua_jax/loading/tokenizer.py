@@ -17,6 +17,7 @@ from aqua_jax.loading.chat_template import ChatTemplate
 if TYPE_CHECKING:
     import tokenizers
 
+_LONG_TEXT = 2000  # characters
 TOKENIZER_LIMIT = 512 << 20  # bytes of tokenizer.json; 34 MB is the largest seen
 
 
@@ -183,6 +184,9 @@ class FastTokenizer:
         if not isinstance(text, str):
             raise RequestError("prompt", text, "text")
         try:
+            if len(text) > _LONG_TEXT:
+                # Unlike `encode`, this lets other threads run: 0.4 s of them for 880 kB of text.
+                return self.backend.encode_batch([text], add_special_tokens=add_special)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special).ids
         except (TypeError, UnicodeEncodeError) as error:  # the binding's words for a bad string
             raise RequestError("prompt", text, "text without lone surrogates") from error

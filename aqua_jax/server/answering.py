@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -21,7 +21,6 @@ from aqua_jax.server.metrics import Latencies, Watch
 
 T = TypeVar("T")
 
-SEND_LIMIT_S = 600.0  # a client that takes nothing for so long is taken for gone
 Prompts = list[tuple[str | None, list[int]]]
 
 
@@ -190,7 +189,7 @@ class EventStream(Response):
         try:
             async with self._run:
                 await while_connected(receive, self._write(send))
-        except (ClientGone, OSError, TimeoutError):
+        except (ClientGone, OSError):
             pass  # nobody is left to tell
         finally:
             self._leave()
@@ -208,20 +207,15 @@ class EventStream(Response):
                     latest[index] = output
                     piece = self._answer.pieces(index, output)
                     if piece:
-                        await _within_limit(send(_part(piece, True)))
+                        await send(_part(piece, True))
             except (AquaError, ApiError) as error:
                 event = f"data: {compact(as_api_error(error).body)}\n\n"
-                await _within_limit(send(_part(event.encode(), False)))
+                await send(_part(event.encode(), False))
                 return
         ended = self._answer.last([latest[index] for index in sorted(latest)])
-        await _within_limit(send(_part(ended, False)))
+        await send(_part(ended, False))
 
 
 def _part(body: bytes, more: bool) -> Message:
     return {"type": "http.response.body", "body": body, "more_body": more}
-
-
-async def _within_limit(sending: Awaitable[None]) -> None:
-    async with asyncio.timeout(SEND_LIMIT_S):
-        await sending
 

@@ -18,6 +18,7 @@ from aqua_jax.engine.outputs import CompletionOutput, RequestOutput, TokenLogpro
 from aqua_jax.server.calls import Call
 
 DONE = b"data: [DONE]\n\n"
+_quote = json.encoder.encode_basestring_ascii  # json.dumps of a string, without looking further
 
 
 def compact(value: Any) -> str:
@@ -185,11 +186,11 @@ class Answer:
         self._sent_text[place] = len(sample.text)
         self._sent_tokens[place] = count
         if not call.chat:
-            said = f'"text":{json.dumps(new)}'
+            said = f'"text":{_quote(new)}'
         elif first:
-            said = f'"delta":{{"role":"assistant","content":{json.dumps(new)}}}'
+            said = f'"delta":{{"role":"assistant","content":{_quote(new)}}}'
         else:
-            said = f'"delta":{{"content":{json.dumps(new)}}}' if new else '"delta":{}'
+            said = f'"delta":{{"content":{_quote(new)}}}' if new else '"delta":{}'
         ending = '"finish_reason":null'
         if sample.finished:
             self._ended[place] = True

@@ -15,7 +15,9 @@ from aqua_jax.server.app import Server
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
-_UNACKED_MS = 120_000  # a peer that has acknowledged nothing for so long is gone
+# A peer that has acknowledged, or taken, nothing for so long is gone. The system sees to it: a time
+# limit around every send was a fifth of the event loop's work a token.
+_UNACKED_MS = 600_000
 _LAST_WORDS_S = 2.0  # for answers that were cut off to be written out
 
 
