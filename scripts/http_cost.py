@@ -4,7 +4,7 @@
 
 One engine answers --requests requests at once, of --prompt tokens in and --tokens out: handed over
 directly (`AsyncEngine.generate`), and streamed over HTTP to a client process that only takes times.
-Printed are medians over pairs of the ratios of throughput and of TTFT, and what the server's threads
+Printed are medians over pairs of the ratios of throughput and of TTFT, and what the threads of both
 spent: processor seconds don't depend on what else the machine does. The client shares the machine,
 so wall-clock ratios on few cores include its work.
 """

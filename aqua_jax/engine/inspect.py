@@ -1,12 +1,11 @@
 """A look at everything alive inside an engine, for people. Runs on the engine's thread.
 
-One pass over the live samples between two steps; what isn't there (a policy without vruntime, no
-tier below the pool) is null.
+One pass over the live samples and their pages, between two steps. What isn't there (a policy
+without vruntime, no tier below the pool) is null.
 """
 
 from __future__ import annotations
 
-import collections
 import time
 from typing import Any
 
@@ -15,7 +14,7 @@ from aqua_jax.scheduling.sequence import Status
 
 COLUMNS = (
     "request", "sample", "user", "state", "prompt_tokens", "output_tokens", "computed_tokens",
-    "age_s", "ttft_s", "vruntime", "slice_left", "pool_pages", "peer_pages", "host_pages",
+    "arrived", "ttft_s", "vruntime", "slice_left", "pool_pages", "peer_pages", "host_pages",
     "preemptions",
 )
 
@@ -25,35 +24,53 @@ def inspect(engine: Engine) -> dict[str, Any]:
 
     Returns:
       "columns": names; "rows": a list a live sample, in order of arrival, states "running",
-      "waiting" or "swapped"; "stats": `Engine.stats()`; "time": `time.monotonic()`, seconds.
+      "waiting" or "swapped", pages in a store counted whether or not the pool has them as well,
+      "arrived" and "time" in seconds of `time.monotonic()`; "users": vruntime by name;
+      "stats": `Engine.stats()`.
     """
-    now = time.monotonic()
-    residency = engine._scheduler.residency
+    scheduler = engine._scheduler
+    backed = {} if scheduler.residency is None else scheduler.residency._backed
+    stored_none = None if scheduler.residency is None else 0
+    accounts = getattr(scheduler.policy, "_accounts", {})  # of `fair`
+    users: dict[str, float] = {}
     rows = []
     for request in engine._requests.values():
         metrics = request.output.metrics
-        age = round(now - metrics.arrival_time, 3)
-        ttft = metrics.ttft_s
-        ttft = None if ttft is None else round(ttft, 4)
+        arrived = round(metrics.arrival_time, 3)
+        first = metrics.first_token_time
+        ttft = None if first is None else round(first - metrics.arrival_time, 4)
         for sample in request.samples:
             sequence = sample.sequence
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.RUNNING:
+                state = "running"
+            elif sequence.status is Status.FINISHED:
                 continue
-            pool = len(sequence.pages)
-            peer = host = None
-            if residency is not None:
-                # Copies that could be read now, whether or not the pool has the page as well.
-                names = collections.Counter(
-                    stored.store.name for _, stored, _ in residency.find(sequence) if stored.tokens
-                )
-                peer, host = names["peer"], names["host"]
-            state = "running" if sequence.status is Status.RUNNING else "waiting"
-            if state == "waiting" and sequence.swapped:
-                state = "swapped"
+            else:
+                state = "swapped" if sequence.swapped else "waiting"
+            vruntime = slice_left = None
+            account = accounts.get(sequence)
+            if account is not None:
+                vruntime = round(account.vruntime, 2)
+                slice_left = _finite(account.slice_left)
+                users[sequence.user] = round(account.user.vruntime, 2)
+            stored = {"peer": stored_none, "host": stored_none}
+            for copy in backed.get(sequence, ()):
+                if copy.tokens:
+                    name = copy.store.name
+                    stored[name] = (stored.get(name) or 0) + 1
+            prompt = sequence.prompt_len
             rows.append((
-                sequence.request_id, sequence.sample_index, sequence.user, state,
-                sequence.prompt_len, len(sequence.tokens) - sequence.prompt_len,
-                sequence.num_computed, age, ttft, None, None, pool, peer, host,
+                sequence.request_id, sequence.sample_index, sequence.user, state, prompt,
+                len(sequence.tokens) - prompt, sequence.num_computed, arrived, ttft, vruntime,
+                slice_left, len(sequence.pages), stored["peer"], stored["host"],
                 sequence.preemptions,
             ))
-    return {"columns": COLUMNS, "rows": rows, "stats": engine.stats(), "time": now}
+    return {
+        "columns": COLUMNS, "rows": rows, "users": users, "stats": engine.stats(),
+        "time": time.monotonic(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """None for the slice that never ends."""
+    return round(value, 1) if value < 1e9 else None

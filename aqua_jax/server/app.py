@@ -87,8 +87,8 @@ class Server:
         self._started = int(time.time())
         self._runs: set[Run] = set()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "aqua-tokenize")
-        self._stats = Snapshot(engine, lambda inner: dict(inner.stats()))
-        self._state = Snapshot(engine, inspect)
+        self._stats: Snapshot[dict[str, Any]] = Snapshot(engine, lambda inner: inner.stats())
+        self._state = Snapshot(engine, inspect, self._state_json)
         self._collector = Collector(self.latencies)
         self._registry = CollectorRegistry()
         self._registry.register(self._collector)
@@ -212,7 +212,10 @@ class Server:
         state = await self._state.get()
         if state is None:
             raise ApiError(503, "the engine doesn't answer", kind="server_error")
-        return _compact_json({**state, "model": self.model, "live": self.gate.live}, {})
+        return Response(state, media_type="application/json", headers={"cache-control": "no-store"})
+
+    def _state_json(self, state: dict[str, Any]) -> bytes:
+        return compact({**state, "model": self.model, "live": self.gate.live}).encode()
 
     async def _openapi(self, request: Request) -> Response:
         import aqua_jax
