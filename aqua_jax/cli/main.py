@@ -88,6 +88,25 @@ COMMANDS = (
         ),
     ),
     Command(
+        "profile", "aqua_jax.cli.profile", "measure what steps cost, for the simulator",
+        "Runs a model on this machine over batch shapes that tell its costs apart, fits a line to "
+        "the steps, and writes a machine for `aqua-jax simulate --machine=PATH`.",
+        (
+            "aqua-jax profile --engine --model=demo --output=profile.json",
+            "aqua-jax profile --engine --model=DIR --policy=fair --output=profile.json",
+        ),
+    ),
+    Command(
+        "coordinator", "aqua_jax.cli.coordinator", "keep the ledger of memory that models lend",
+        "Keeps the ledger of memory that processes of one user lend each other on this machine. "
+        "Lenders and borrowers name its socket. Killed or restarted, it learns from them who "
+        "holds what; meanwhile they go on.",
+        (
+            "aqua-jax coordinator --socket=/tmp/aqua.sock",
+            "aqua-jax coordinator --socket=/tmp/aqua.sock --status",
+        ),
+    ),
+    Command(
         "lend", "aqua_jax.cli.lend", "lend memory to other processes",
         "Lends memory of this process to engines of the same user. Ctrl-C (or SIGTERM) asks for "
         "it back and waits until it has come. One line on standard error tells every change.",

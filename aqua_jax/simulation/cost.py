@@ -123,6 +123,7 @@ class Line:
     decode_s: float = 0.0
     decode_context_s: float = 0.0
     prefill_context_s: float = 0.0
+    moved_byte_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -139,4 +140,5 @@ class Line:
             self.step_s + self.prefill_token_s * work.prefill_tokens
             + self.decode_s * work.decodes + self.decode_context_s * work.decode_context
             + self.prefill_context_s * work.prefill_context
+            + self.moved_byte_s * work.moved_bytes
         )

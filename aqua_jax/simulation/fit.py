@@ -52,7 +52,8 @@ def fit_line(steps: Sequence[tuple[Work, float]]) -> Fit:
     if min(seconds for _, seconds in steps) <= 0.0:
         raise ConfigError("steps", min(seconds for _, seconds in steps), "seconds above 0")
     rows = np.array([
-        [1.0, w.prefill_tokens, w.decodes, w.decode_context, w.prefill_context] for w, _ in steps
+        [1.0, w.prefill_tokens, w.decodes, w.decode_context, w.prefill_context, w.moved_bytes]
+        for w, _ in steps
     ])
     relative = rows / np.array([seconds for _, seconds in steps])[:, None]
     weights = np.ones(len(steps))
@@ -70,7 +71,7 @@ def fit_line(steps: Sequence[tuple[Work, float]]) -> Fit:
 def _non_negative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The least squares solution with no coefficient below 0.
 
-    There are five, so every subset of them that might be 0 is tried: the best solution that has no
+    There are six, so every subset of them that might be 0 is tried: the best solution that has no
     negative coefficient is the answer.
     """
     count = rows.shape[1]

@@ -84,7 +84,7 @@ def profile(**changes: Any) -> dict[str, Any]:
         "name": "here",
         "cost": {
             "step_s": 0.01, "prefill_token_s": 1e-4, "decode_s": 1e-4, "decode_context_s": 0,
-            "prefill_context_s": 0.0,
+            "prefill_context_s": 0.0, "moved_byte_s": 0.0,
         },
         "engine": {"page_tokens": 16, "page_bytes": 1000, "num_pages": 50, "host_s": 0.001},
         "links": [
