@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from aqua_jax.errors import AquaError, ConfigError
-from aqua_jax.memory.segments import LeaseSegment, Segment, growth
+from aqua_jax.memory.segments import STEP, LeaseSegment, Segment, growth
 from aqua_jax.memory.sources import LeaseSource
 
 _log = logging.getLogger(__name__)
@@ -30,13 +30,14 @@ class PeerTier:
     name = "peer"
 
     def __init__(
-        self, sources: Sequence[LeaseSource], limit: int | None = None, *,
+        self, sources: Sequence[LeaseSource], limit: int | None = None, *, step: int = STEP,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
           sources: whom to ask, in this order; owned.
           limit: most bytes to hold; None: what they lend.
+          step: least bytes to ask for.
           clock: in seconds.
 
         Raises:
@@ -47,8 +48,7 @@ class PeerTier:
         self.limit = limit
         self.segments: tuple[Segment, ...] = ()
         self.arrivals: deque[Segment] = deque()
-        self._sources = tuple(sources)
-        self._clock = clock
+        self._sources, self._step, self._clock = tuple(sources), step, clock
         self._asking = threading.Lock()  # one question at a time
         self._not_before = [float("-inf")] * len(self._sources)
         self._leases: list[LeaseSegment] = []  # all that may still hold bytes
@@ -73,7 +73,7 @@ class PeerTier:
     def _borrow(self, need: int, *, patient: bool) -> LeaseSegment | None:
         self._leases = [s for s in self._leases if not s.lease.closed]
         held = sum(s.lease.held.total for s in self._leases)
-        size = growth(need, held)
+        size = growth(need, held, self._step)
         if self.limit is not None:
             size = min(size, self.limit - held)
         if size < 1 or self._closing.is_set():

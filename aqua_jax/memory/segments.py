@@ -21,9 +21,9 @@ from aqua_jax.memory.policies import TierView
 STEP = 16 << 20
 
 
-def growth(need: int, held: int) -> int:
+def growth(need: int, held: int, step: int) -> int:
     """Bytes to grow by when `need` are needed: by halves, so that segments stay few."""
-    return round_up(max(need, STEP, held // 2))
+    return round_up(max(need, step, held // 2))
 
 
 class Segment:
@@ -194,17 +194,18 @@ class HostTier:
 
     name = "host"
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, *, step: int = STEP) -> None:
         """
         Args:
           limit: most bytes, rounded down to whole pages of the system; None: what it has.
+          step: least bytes to grow by.
         """
         if limit is not None and limit < 0:
             raise ConfigError("host_bytes", limit, "0 or more, or None")
         self.limit = limit if limit is None else limit // PAGE * PAGE
         self.segments: tuple[Segment, ...] = ()
         self._lock = threading.Lock()
-        self._held = 0
+        self._held, self._step = 0, step
 
     def grow(self, need: int) -> Segment | None:
         """Takes memory from the system, faulted in: 0.25 s for 1 GiB.
@@ -213,7 +214,7 @@ class HostTier:
           A segment for `need` bytes, or for as much of them as the limit allows; None when the
           limit is reached, or the system has no memory to spare.
         """
-        for size in (growth(need, self._held), round_up(need)):
+        for size in (growth(need, self._held, self._step), round_up(need)):
             with self._lock:
                 size = size if self.limit is None else min(size, self.limit - self._held)
                 self._held += size
