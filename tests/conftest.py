@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import random
+import shutil
 
 # Before jax is first imported: tests run on the CPU wherever they are, and never write to
 # the user's compile cache. A shared one halves a second run.
@@ -24,6 +25,11 @@ from tests.tiny import write_config  # noqa: E402
 
 SCALE = scaled(1)
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
+# Whether the CUDA library is there or should be; `AQUA_REQUIRE_CUDA=1` insists.
+HAVE_CUDA_BUILD = (
+    os.environ.get("AQUA_REQUIRE_CUDA") == "1" or shutil.which("nvcc") is not None
+    or (ROOT / "aqua_jax" / "_lib" / "libaqua_cuda.so").exists()
+)
 
 # Seeded in the ordinary suite, so that a red run is red again; free to search in the long one.
 hypothesis.settings.register_profile(
@@ -37,20 +43,32 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("aqua")
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
     """Say what was left out, and how to have it in."""
     if HAVE_TORCH:
-        return f"aqua_jax: parity tests on (torch found), scale {SCALE}"
-    return (
-        f"aqua_jax: scale {SCALE}; parity tests NOT collected, for torch is not installed "
-        "(pip install torch==2.13.0)"
-    )
+        lines = [f"aqua_jax: parity tests on (torch found), scale {SCALE}"]
+    else:
+        lines = [
+            f"aqua_jax: scale {SCALE}; parity tests NOT collected, for torch is not installed "
+            "(pip install torch==2.13.0)"
+        ]
+    if not HAVE_CUDA_BUILD:
+        lines.append(
+            "aqua_jax: tests of the CUDA build NOT collected, for nvcc was not found "
+            "(AQUA_REQUIRE_CUDA=1 makes that an error)"
+        )
+    return lines
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
-    """Leave tests/parity out where torch is missing: its modules import it at the top."""
+    """Leave tests/parity out where torch is missing (its modules import it at the top).
+
+    And the tests of the CUDA build where there is no CUDA compiler.
+    """
     parity = ROOT / "tests" / "parity"
     if not HAVE_TORCH and (collection_path == parity or parity in collection_path.parents):
+        return True
+    if not HAVE_CUDA_BUILD and collection_path.name == "test_cuda_build.py":
         return True
     return None
 

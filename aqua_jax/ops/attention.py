@@ -9,6 +9,7 @@ G = H / K, D head dim, C keys of one sequence (max_pages * page_tokens).
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Literal
 
@@ -20,6 +21,8 @@ from aqua_jax.ops import library
 
 Implementation = Literal["ffi", "reference"]
 
+# Dtypes by the number that ffi/cuda gives them; the CPU's handler has no f16.
+_TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 # Rows the reference takes at once: each gathers its sequence's keys and values, C * K * D * 8
 # bytes, so all rows of a long prompt together would need gigabytes.
 _REFERENCE_ROWS = 16
@@ -58,18 +61,20 @@ def paged_attention(
     """Writes k, v into their pages of `layer`, then attends causally over the pages.
 
     Args:
-      kv: [P, L, 2, page_tokens, K, D], f32 or bf16; page_tokens a power of two. Updated in place
-        when the compiled function donates it and reads it nowhere after this call.
-      q: [T, H, D], f32 or bf16; H a multiple of K.
-      k: [T, K, D], f32 or bf16; rounded to kv's dtype.
+      kv: [P, L, 2, page_tokens, K, D], f32 or bf16, on GPUs also f16; page_tokens a power of two.
+        Updated in place when the compiled function donates it and reads it nowhere after this
+        call.
+      q: [T, H, D], of any of these dtypes; H a multiple of K.
+      k: [T, K, D], likewise; rounded to kv's dtype.
       v: as k.
       meta: the ragged batch.
       layer: which layer of the pool.
       scale: factor of the scores, > 0.
       window: a query sees itself and window - 1 tokens before; None: all before.
       deterministic: a row's result is the same to the last bit whatever else is in the batch and
-        however its prompt was cut into steps. Without it, rows of one prompt may go through matrix
-        units, with q and the softmax weights rounded to bf16 when kv is bf16.
+        however its prompt was cut into steps. On CPUs, rows may go through matrix units without
+        it, with q and the softmax weights rounded to bf16 when kv is bf16; on GPUs that holds for
+        16-bit pools in either mode, and it gives up splitting a long decode's keys.
       implementation: `ffi`, `reference` (jnp, any platform; deterministic only as far as XLA is),
         or None for the best there is.
 
@@ -78,28 +83,49 @@ def paged_attention(
 
     Raises:
       ValueError: shapes, dtypes or static arguments don't fit together.
-      RuntimeError: `ffi` was asked for and isn't there; or, when run, metadata points outside the
-        pool or contradicts itself (the donated pool is lost then: check on the host).
+      RuntimeError: `ffi` was asked for and isn't there, or has no kernel for these shapes; or, when
+        run on a CPU, metadata points outside the pool or contradicts itself (the donated pool is
+        lost then: check on the host). A GPU can't tell: pages outside the pool count as absent, and
+        sequences that contradict themselves are skipped, their rows 0.
     """
     _check(kv, q, k, v, meta, layer, scale, window)
+    results = [jax.ShapeDtypeStruct(kv.shape, kv.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    usable, missing = library.available("aqua_attention"), library.reason()
+    if usable and library.platform() == "cuda":
+        # Scratch memory is a result there: what allocates can't be part of a command buffer.
+        workspace = _workspace_bytes(kv, q, meta, deterministic)
+        results.append(jax.ShapeDtypeStruct((workspace,), jnp.uint8))
+        usable, missing = workspace > 0, f"no kernel for a pool {kv.dtype}{kv.shape}"
     if implementation is None:
-        implementation = "ffi" if library.use("aqua_attention") else "reference"
+        implementation = "ffi" if usable else "reference"
     if implementation == "reference":
         return _reference(kv, q, k, v, meta, layer, scale, window)
-    if not library.available("aqua_attention"):
-        raise RuntimeError(f"attention implementation 'ffi' is missing: {library.reason()}")
-    call = jax.ffi.ffi_call(
-        "aqua_attention",
-        (jax.ShapeDtypeStruct(kv.shape, kv.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)),
-        input_output_aliases={0: 0},
-    )
-    kv, out = call(
+    if not usable:
+        raise RuntimeError(f"attention implementation 'ffi' is missing: {missing}")
+    call = jax.ffi.ffi_call("aqua_attention", results, input_output_aliases={0: 0})
+    kv, out, *_ = call(
         kv, q, k, v,
         meta.positions, meta.query_starts, meta.kv_lens, meta.page_table, meta.num_seqs,
         layer=np.int64(layer), scale=np.float32(scale), window=np.int64(window or 0),
         deterministic=bool(deterministic),
     )
     return kv, out
+
+
+def _workspace_bytes(
+    kv: jax.Array, q: jax.Array, meta: AttentionMetadata, deterministic: bool
+) -> int:
+    """Scratch memory of the CUDA handler for these shapes; 0 if it has no kernel for them."""
+    native = library.symbols()
+    assert native is not None
+    ask = native.aqua_attention_workspace
+    ask.restype = ctypes.c_int64
+    ask.argtypes = [ctypes.c_int32, *[ctypes.c_int64] * 6, ctypes.c_int32]
+    _, _, _, page_tokens, kv_heads, dim = kv.shape
+    return ask(
+        _TYPES[kv.dtype.name], *q.shape[:2], meta.kv_lens.shape[0], page_tokens, kv_heads, dim,
+        deterministic,
+    )
 
 
 def _check(
@@ -110,9 +136,9 @@ def _check(
         if not ok:
             raise ValueError(f"paged_attention: {what}: got {got}; allowed: {allowed}")
 
+    types = [name for name in _TYPES if name != "float16" or library.platform() == "cuda"]
     for name, array in (("kv", kv), ("q", q), ("k", k), ("v", v)):
-        require(array.dtype in (jnp.float32, jnp.bfloat16), f"dtype of {name}", array.dtype,
-                "float32 or bfloat16")
+        require(array.dtype.name in types, f"dtype of {name}", array.dtype, " or ".join(types))
     require(kv.ndim == 6 and kv.shape[2] == 2, "shape of kv", kv.shape,
             "[P, L, 2, page_tokens, K, D]")
     _, layers, _, page_tokens, kv_heads, dim = kv.shape

@@ -160,14 +160,14 @@ def use_ffi(implementation: str | None, target: str, supported: bool, why_not: s
         raise ValueError(f"implementation is {implementation!r}; allowed: None, 'ffi', 'xla'")
     if implementation == "xla":
         return False
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = library.platform() == "cpu"
     if implementation == "ffi":
         if not library.available(target):
             raise ValueError(f"implementation 'ffi' can't be used: {library.reason()}")
         if not (supported and on_cpu):
             raise ValueError(
                 "implementation 'ffi' can't be used: "
-                + (why_not if on_cpu else "the default backend is no CPU")
+                + (why_not if on_cpu else "the platform is no CPU")
             )
         return True
     return supported and on_cpu and library.available(target)

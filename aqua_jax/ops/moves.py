@@ -1,11 +1,12 @@
 """Moves of KV pages between the pool and other memory, carried out beside the running step.
 
 `enqueue_moves` stands at the head of a step's program. It hands a list of page copies to a native
-worker (AQUA_COPY_THREADS of them, default 1, at the process's niceness plus AQUA_COPY_NICE, default
-5) and returns at once; the step runs on while the worker copies, and the host asks by ticket what
-has become of each copy. A separate program for copies would not do: a pending read of the pool
-holds back the next step that donates it, and a program of only an FFI call runs inline in the
-thread that calls it.
+worker and returns at once; the step runs on while they are copied, and the host asks by ticket what
+has become of each copy. On CPUs the worker copies (AQUA_COPY_THREADS of them, default 1, at the
+process's niceness plus AQUA_COPY_NICE, default 5). With CUDA it puts copies onto streams of its
+own: copy engines from AQUA_COPY_ENGINE_BYTES on (default 256 KiB), kernels below. A separate
+program for copies would not do: a pending read of the pool holds back the next step that donates
+it, and a program of only an FFI call runs inline in the thread that calls it.
 
 The worker and the step share the pool without a lock. Who makes plans keeps these rules; nothing
 here can check them (`set_delay` makes tests that would notice):
@@ -17,7 +18,8 @@ here can check them (`set_delay` makes tests that would notice):
    has not ended, still names it.
 4. No order holds among moves, not even within a batch: what depends on a move waits for its ticket.
 5. A ticket says nothing before its step has run its head: a batch whose step was never dispatched
-   stays pending for ever. Wait for the step's results, then `drain`.
+   stays pending for ever. Wait for the step's results, then `drain`. (With CUDA a step's moves are
+   taken up a moment after its head has run; `drain`, `retire` and `close` see to that first.)
 6. Before a pool is dropped or replaced: wait for the steps, then `MovePool.close`. Before segment
    memory is unmapped: `Segment.retire`.
 
@@ -130,6 +132,9 @@ def _native() -> ctypes.CDLL:
         raise RuntimeError(f"moves need the native library: {library.reason()}")
     i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
     pointer = ctypes.c_void_p
+    if jax.default_backend() == "gpu":
+        # Segments are made known to the GPU that jax uses, which needn't be the first.
+        native.aqua_moves_set_device(jax.local_devices()[0].local_hardware_id or 0)
     for name, result, arguments in (
         ("aqua_segment_register", i64, [pointer, u64]),
         ("aqua_segment_retire", i32, [i32, u32, i32]),
@@ -149,6 +154,8 @@ def _native() -> ctypes.CDLL:
 
 
 def _handle(packed: int, what: str) -> tuple[int, int]:
+    if packed == -2:
+        raise RuntimeError(f"{what}: the device can't reach this memory, or it can't be pinned")
     if packed < 0:
         raise RuntimeError(f"too many {what} are registered; retire some")
     return packed & 0xFFFFFFFF, packed >> 32
@@ -164,7 +171,15 @@ class Segment:
     """
 
     def __init__(self, buffer: Any):
-        """Registers a writable buffer (mmap, memoryview, array), which is kept alive until then."""
+        """Registers a writable buffer (mmap, memoryview, array), which is kept alive until then.
+
+        With CUDA its address may be the host's, a GPU's or a peer's; host memory that isn't pinned
+        is pinned now, which takes about as long as writing to all of it.
+
+        Raises:
+          ValueError: it is empty or read-only.
+          RuntimeError: too many segments, or the device can't reach it.
+        """
         memory = np.frombuffer(buffer, np.uint8)
         if not memory.flags.writeable or memory.nbytes == 0:
             raise ValueError("segment: got an empty or read-only buffer; allowed: writable memory")

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from aqua_jax.ops import library
 
+# Most copies of one call of the CUDA handler, which keeps their numbers in shared memory.
+_MOST_ON_CUDA = 4096
+
 
 def copy_pages(
     kv: jax.Array,
@@ -32,22 +35,27 @@ def copy_pages(
 
     Raises:
       ValueError: shapes don't fit together.
-      RuntimeError: `ffi` was asked for and isn't there; or, when run, a page outside the pool.
+      RuntimeError: `ffi` was asked for and isn't there (on GPUs: or not for so many copies); or,
+        when run on a CPU, a page outside the pool. GPUs leave out such pairs.
     """
     if src.ndim != 1 or src.shape != dst.shape or count.shape != (1,):
         raise ValueError(
             f"copy_pages: shapes of src, dst, count: got {src.shape}, {dst.shape}, "
             f"{count.shape}; allowed: [C], [C], [1]"
         )
+    usable = library.available("aqua_copy_pages") and (
+        library.platform() != "cuda" or src.shape[0] <= _MOST_ON_CUDA
+    )
     if implementation is None:
-        implementation = "ffi" if library.use("aqua_copy_pages") else "reference"
+        implementation = "ffi" if usable else "reference"
     if implementation == "reference":
         valid = jnp.arange(src.shape[0]) < count[0]
         pages = kv.shape[0]
         sources = kv[jnp.where(valid, src, 0)]
         return kv.at[jnp.where(valid, dst, pages)].set(sources, mode="drop")
-    if not library.available("aqua_copy_pages"):
-        raise RuntimeError(f"copy_pages implementation 'ffi' is missing: {library.reason()}")
+    if not usable:
+        why = library.reason() or f"at most {_MOST_ON_CUDA} copies a call, not {src.shape[0]}"
+        raise RuntimeError(f"copy_pages implementation 'ffi' is missing: {why}")
     call = jax.ffi.ffi_call(
         "aqua_copy_pages",
         jax.ShapeDtypeStruct(kv.shape, kv.dtype),

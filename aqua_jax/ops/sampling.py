@@ -161,7 +161,7 @@ def sample_tokens(
         raise ValueError(
             f"implementation is {implementation!r}; allowed: None, 'ffi', 'reference'"
         )
-    usable = jax.default_backend() == "cpu" and library.available("aqua_sample")
+    usable = library.available("aqua_sample")
     if implementation == "ffi" and not usable:
         raise ValueError(f"implementation 'ffi' can't be used: {library.reason() or 'no CPU'}")
     args = (logits, temperature, top_k, top_p, min_p, uniforms)

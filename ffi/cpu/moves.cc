@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "moves_copy.h"
+#include "moves_results.h"
 
 namespace aqua {
 namespace {
@@ -30,36 +31,10 @@ constexpr uint64_t kGroupBytes = 4 << 20;
 
 HandleTable segments, pools;
 
-// ---- Results, by ticket. One writer at a time: the handler until a move is queued, then a worker.
-
-struct Result {
-  std::atomic<uint64_t> tag{0};  // ticket << 8 | status
-  std::atomic<uint64_t> checksum{0};
-};
-Result results[kResults];
-
-Result& result_of(uint64_t ticket) { return results[ticket % kResults]; }
-
-uint64_t tag_of(uint64_t ticket, MoveStatus status) {
-  return ticket << 8 | static_cast<uint64_t>(status);
-}
-
-bool pending(uint64_t tag) {
-  return tag != 0 && (tag & 255) == static_cast<uint64_t>(MoveStatus::kPending);
-}
-
-std::atomic<uint64_t> handed_over{0}, finished{0}, failed{0};
+MoveResults results;
 std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, busy_ns{0};
 std::atomic<uint64_t> delay_seed{0};
 std::atomic<uint32_t> delay_max_us{0};
-
-void finish(const Move& move, MoveStatus status, uint64_t checksum) {
-  Result& result = result_of(move.ticket);
-  result.checksum.store(checksum, std::memory_order_release);
-  result.tag.store(tag_of(move.ticket, status), std::memory_order_release);
-  if (status != MoveStatus::kDone) failed.fetch_add(1, std::memory_order_relaxed);
-  finished.fetch_add(1, std::memory_order_release);
-}
 
 // ---- One move.
 
@@ -75,16 +50,11 @@ struct Item {
   char* to() const { return move.flags & kMoveIn ? page : slot; }
 };
 
-uint64_t mix(uint64_t x) {
-  x = (x ^ x >> 31) * 0x9E3779B97F4A7C15;
-  return x ^ x >> 29;
-}
-
 // Sleeps if delays are on; a number to go on drawing from, 0 if they are off.
 uint64_t delay(uint64_t random) {
   const uint32_t most = delay_max_us.load(std::memory_order_relaxed);
   if (most == 0) return 0;
-  random = mix(random ^ delay_seed.load(std::memory_order_relaxed)) | 1;
+  random = mix_bits(random ^ delay_seed.load(std::memory_order_relaxed)) | 1;
   std::this_thread::sleep_for(std::chrono::microseconds(random % (uint64_t{most} + 1)));
   return random;
 }
@@ -126,14 +96,15 @@ void carry_out(const std::vector<Item>& group) {
   }
   (first.move.flags & kMoveIn ? bytes_in : bytes_out).fetch_add(bytes, std::memory_order_relaxed);
   for (const Item& item : group) {
-    finish(item.move, status, checksum);  // first: whoever has retired the segment may ask
+    // First: whoever has retired the segment may ask.
+    results.finish(item.move.ticket, status, checksum);
     segments.release(item.move.segment);
     pools.release(item.pool);
   }
 }
 
 void cancel(const Item& item) {
-  finish(item.move, MoveStatus::kCancelled, 0);
+  results.finish(item.move.ticket, MoveStatus::kCancelled, 0);
   segments.release(item.move.segment);
   pools.release(item.pool);
 }
@@ -282,11 +253,7 @@ void forget_queue_in_child() {
   creating.clear();
   segments.forget_users();
   pools.forget_users();
-  for (Result& result : results) {
-    const uint64_t tag = result.tag.load();
-    if (pending(tag)) result.tag.store(tag | static_cast<uint64_t>(MoveStatus::kCancelled));
-  }
-  finished.store(handed_over.load());
+  results.cancel_pending();
 }
 
 Queue* queue() {
@@ -309,39 +276,13 @@ Queue* queue() {
 
 // ---- Handing over.
 
-// Where in its page a move ends; 0 if its range makes no sense.
-uint64_t end_in_page(const Move& move) {
-  if (move.begin < 0 || move.bytes <= 0 || move.runs <= 0) return 0;
-  if (move.runs > 1 && move.stride < move.bytes) return 0;
-  const uint64_t last = move.runs > 1 ? uint64_t(move.runs - 1) * move.stride : 0;
-  return last + move.begin + move.bytes;
-}
-
 // Checks a move and becomes a user of what it needs.
 MoveStatus admit(const Move& move, Handle pool, char* base, int64_t pages, int64_t page_bytes,
                  Item* item) {
-  const uint64_t end = end_in_page(move);
-  if (move.page < 0 || move.page >= pages || end == 0 || end > uint64_t(page_bytes)) {
-    return MoveStatus::kOutOfBounds;
-  }
-  const Handle segment{move.segment, move.generation};
-  if (!segments.acquire(segment)) return MoveStatus::kSegmentStale;
-  const uint64_t size = segments.bytes(segment.id);
-  MoveStatus status = MoveStatus::kPending;
-  if (end > size || move.offset > size - end) {
-    status = MoveStatus::kOutOfBounds;
-  } else if (!pools.acquire(pool)) {
-    status = MoveStatus::kPoolStale;
-  } else if (!pools.bind(pool.id, base)) {
-    pools.release(pool.id);
-    status = MoveStatus::kPoolStale;
-  }
-  if (status != MoveStatus::kPending) {
-    segments.release(segment.id);
-    return status;
-  }
+  const MoveStatus status = admit_move(move, pool, base, pages, page_bytes, &segments, &pools);
+  if (status != MoveStatus::kPending) return status;
   const bool whole = move.runs == 1 && move.bytes == page_bytes && !(move.flags & kMoveChecksum);
-  *item = {move, pool.id, base + move.page * page_bytes, segments.base(segment.id) + move.offset,
+  *item = {move, pool.id, base + move.page * page_bytes, segments.base(move.segment) + move.offset,
            whole};
   return status;
 }
@@ -366,8 +307,7 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
   for (int64_t i = 0; i < count; ++i) {
     Move move;
     std::memcpy(&move, static_cast<const char*>(moves) + i * sizeof(Move), sizeof(Move));
-    Result& result = result_of(move.ticket);
-    while (pending(result.tag.load(std::memory_order_acquire))) {
+    while (results.taken(move.ticket)) {
       // A lap of all tickets ahead of the workers, who may need what this job already holds.
       if (!job->items.empty()) {
         queue()->push(job.release());
@@ -375,8 +315,7 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
       }
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
-    result.tag.store(tag_of(move.ticket, MoveStatus::kPending), std::memory_order_release);
-    handed_over.fetch_add(1, std::memory_order_relaxed);
+    results.begin(move.ticket);
     Item item;
     const MoveStatus status =
         queue_stopped.load(std::memory_order_seq_cst)
@@ -385,42 +324,25 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
     if (status == MoveStatus::kPending) {
       job->items.push_back(item);
     } else {
-      finish(move, status, 0);
+      results.finish(move.ticket, status, 0);
     }
   }
   if (!job->items.empty()) queue()->push(job.release());
 }
 
 void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint64_t* checksums) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Result& result = result_of(tickets[i]);
-    uint64_t tag = result.tag.load(std::memory_order_acquire), checksum, before;
-    do {
-      before = tag;
-      checksum = result.checksum.load(std::memory_order_acquire);
-      tag = result.tag.load(std::memory_order_acquire);
-    } while (tag != before);
-    const uint64_t ticket = tag >> 8;
-    MoveStatus status = MoveStatus::kPending;
-    if (ticket == tickets[i]) status = static_cast<MoveStatus>(tag & 255);
-    if (ticket > tickets[i]) status = MoveStatus::kForgotten;
-    statuses[i] = static_cast<int32_t>(status);
-    const bool computed = status == MoveStatus::kDone || status == MoveStatus::kMismatch;
-    if (checksums != nullptr) checksums[i] = computed ? checksum : 0;
-  }
+  results.poll(tickets, count, statuses, checksums);
 }
 
 bool drain_moves(int64_t timeout_us) {
   const auto start = Clock::now();
-  // `finished` first: read the other way round, a move that comes between would count as missing.
-  for (;;) {
-    const uint64_t ended = finished.load(std::memory_order_acquire);
-    if (ended == handed_over.load(std::memory_order_acquire)) return true;
+  while (!results.all_ended()) {
     if (timeout_us >= 0 && Clock::now() - start > std::chrono::microseconds(timeout_us)) {
       return false;
     }
     std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
+  return true;
 }
 
 void stop_moves() {
@@ -438,8 +360,9 @@ void delay_moves(uint64_t seed, uint32_t max_us) {
 
 MoveCounters move_counters() {
   const Queue* found = current_queue.load(std::memory_order_acquire);
-  return {handed_over.load(), finished.load(), failed.load(), bytes_out.load(),
-          bytes_in.load(),    busy_ns.load(),  found == nullptr ? 0 : found->cpu_ns()};
+  return {results.handed_over.load(), results.finished.load(), results.failed.load(),
+          bytes_out.load(),           bytes_in.load(),         busy_ns.load(),
+          found == nullptr ? 0 : found->cpu_ns()};
 }
 
 }  // namespace aqua

@@ -52,7 +52,7 @@ struct Move {
 static_assert(sizeof(Move) == 56, "the layout is aqua_jax/ops/moves.py's MOVE");
 
 // Registers memory that pages move to and from, which must stay mapped until `retire_segment` has
-// returned. The id is negative if there are kHandles segments already.
+// returned. The id is -1 if there are kHandles segments already, -2 if the device can't reach it.
 Handle open_segment(void* base, uint64_t bytes);
 
 // Refuses new moves, waits until those that were handed over have ended, and lets the generation

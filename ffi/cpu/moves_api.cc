@@ -4,10 +4,11 @@
 
 extern "C" {
 
-// id and generation as id | generation << 32; negative when there is no entry left.
+// id and generation as id | generation << 32; -1 when there is no entry left, -2 when the device
+// can't reach the memory.
 int64_t aqua_segment_register(void* base, uint64_t bytes) {
   const aqua::Handle handle = aqua::open_segment(base, bytes);
-  return handle.id < 0 ? -1 : int64_t{handle.generation} << 32 | handle.id;
+  return handle.id < 0 ? handle.id : int64_t{handle.generation} << 32 | handle.id;
 }
 
 // 1, or 0 if the handle is stale.

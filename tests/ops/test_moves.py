@@ -284,6 +284,7 @@ def test_stale_segments():
         with Segment(np.ones(PAGE, np.uint8)) as heir:
             assert heir.id == segment.id and heir.generation == segment.generation + 1
             kv = only_moves(kv, batch)
+            assert moves.drain(30)
             assert moves.poll(ticket)[0] == Status.SEGMENT_STALE
         np.testing.assert_array_equal(as_bytes(kv), before)
     with pytest.raises(StaleHandleError, match="closed"):
@@ -374,6 +375,7 @@ def test_two_pools_at_once():
         head = np.array([1, a.id, a.generation], np.int32)
         kvs[0], _ = program(kvs[0], late.moves(), head, weight, jnp.arange(20, 24))
         jax.block_until_ready(kvs)
+        assert moves.drain(30)
         assert moves.poll(swapped)[0] == Status.POOL_STALE
     np.testing.assert_array_equal(memory[8 * PAGE : 16 * PAGE].reshape(8, PAGE), before[1][:8])
 

@@ -1,0 +1,68 @@
+// What host code and kernels share: element types, launches. With AQUA_EMULATE this and device.cuh
+// are a CPU's (ffi/tests/cuda_emulation/).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef AQUA_EMULATE
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#define AQUA_HD __host__ __device__ __forceinline__
+
+namespace aqua {
+namespace cuda {
+
+// 16 bits of storage. Arithmetic is in f32.
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// Dtypes that are told apart at run time: queries, new keys and values, results.
+enum class Type : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };
+
+AQUA_HD int size_of(Type type) { return type == Type::kF32 ? 4 : 2; }
+
+struct alignas(16) Vec16 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) Vec8 {
+  uint32_t x, y;
+};
+
+// ---- Launches, from host code of any kind. An empty grid is nothing to do.
+
+template <typename... P, typename... A>
+cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, A... arguments) {
+  if (blocks <= 0) return cudaSuccess;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+#ifdef AQUA_EMULATE
+  emulation::enqueue(stream, [=] {
+    emulation::launch(static_cast<int>(blocks), threads, shared,
+                      [=] { kernel(static_cast<P>(arguments)...); });
+  });
+  return cudaSuccess;
+#else
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  return [&](P... values) {
+    void* pointers[] = {static_cast<void*>(&values)...};
+    return cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
+                            shared, stream);
+  }(static_cast<P>(arguments)...);
+#endif
+}
+
+}  // namespace cuda
+}  // namespace aqua

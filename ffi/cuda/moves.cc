@@ -1,0 +1,391 @@
+#include "moves.h"
+
+#include <pthread.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "../cpu/moves_results.h"
+#include "move_streams.h"
+
+namespace aqua {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using cuda::Batch;
+using cuda::Flight;
+using cuda::Item;
+using cuda::MoveStreams;
+
+// Between two looks at events, while something is under way.
+constexpr std::chrono::microseconds kLook{20};
+
+HandleTable segments, pools;
+MoveResults results;
+std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, busy_ns{0};
+std::atomic<uint64_t> delay_seed{0};
+std::atomic<uint32_t> delay_max_us{0};
+std::atomic<int> default_device{-1};
+
+// Host memory that a segment had pinned, by id: unpinned when it is retired.
+void* pinned_by_us[kHandles];
+
+Clock::time_point hold_until(uint64_t ticket, uint64_t salt) {
+  const uint32_t most = delay_max_us.load(std::memory_order_relaxed);
+  if (most == 0) return Clock::time_point::min();
+  const uint64_t random = mix_bits(ticket ^ delay_seed.load(std::memory_order_relaxed) ^ salt);
+  return Clock::now() + std::chrono::microseconds(random % (uint64_t{most} + 1));
+}
+
+// The worker: it alone looks at events and issues copies.
+class Queue {
+ public:
+  Queue() : worker_([this] { work(); }) {
+    if (pthread_getcpuclockid(worker_.native_handle(), &clock_) != 0) clock_ = CLOCK_MONOTONIC;
+  }
+
+  void push(std::unique_ptr<Batch> batch) {
+    std::lock_guard<std::mutex> lock(inbox_lock_);
+    inbox_.push_back(std::move(batch));
+    wake_.notify_one();
+  }
+
+  std::unique_ptr<Batch> spare(int device, int64_t capacity) {
+    std::lock_guard<std::mutex> lock(inbox_lock_);
+    for (auto at = spares_.begin(); at != spares_.end(); ++at) {
+      if ((*at)->device != device || (*at)->capacity < capacity) continue;
+      std::unique_ptr<Batch> found = std::move(*at);
+      spares_.erase(at);
+      return found;
+    }
+    return nullptr;
+  }
+
+  // Returns when every step whose head had run by now has had its moves admitted.
+  void settle() {
+    std::unique_lock<std::mutex> lock(inbox_lock_);
+    const uint64_t wanted = ++looks_wanted_;
+    wake_.notify_one();
+    looked_.wait(lock, [&] { return looks_done_ >= wanted || stopped_; });
+  }
+
+  uint64_t cpu_ns() const {
+    timespec now;
+    if (clock_ == CLOCK_MONOTONIC || clock_gettime(clock_, &now) != 0) return 0;
+    return static_cast<uint64_t>(now.tv_sec) * 1000000000 + now.tv_nsec;
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(inbox_lock_);
+      stopped_ = true;
+      wake_.notify_one();
+      looked_.notify_all();
+    }
+    if (worker_.joinable()) worker_.join();
+  }
+
+ private:
+  void work() {
+    cuda::relax_capture();  // other threads may be capturing graphs meanwhile
+    std::unique_lock<std::mutex> lock(inbox_lock_);
+    while (!stopped_) {
+      const uint64_t wanted = looks_wanted_;
+      for (auto& batch : inbox_) arriving_.push_back(std::move(batch));
+      inbox_.clear();
+      lock.unlock();
+      std::vector<std::unique_ptr<Batch>> done;
+      const bool all = admit(&done);
+      bool under_way = !arriving_.empty();
+      for (auto& entry : streams_) under_way |= advance(entry.second.get());
+      lock.lock();
+      for (auto& batch : done) spares_.push_back(std::move(batch));
+      if (all && looks_done_ < wanted) {
+        looks_done_ = wanted;
+        looked_.notify_all();
+      }
+      if (stopped_ || !inbox_.empty() || looks_wanted_ > wanted) continue;
+      if (under_way) {
+        wake_.wait_for(lock, kLook);
+      } else {
+        wake_.wait(lock);
+      }
+    }
+    lock.unlock();
+    for (auto& entry : streams_) {
+      MoveStreams& streams = *entry.second;
+      streams.wait();
+      for (int side = 0; side < 2; ++side) {
+        finish_flights(&streams, side, true);
+        for (const Item& item : streams.waiting[side]) end(item, MoveStatus::kCancelled, 0);
+        streams.waiting[side].clear();
+      }
+    }
+  }
+
+  // Takes up the moves of steps whose head has run. False if some of these must wait.
+  bool admit(std::vector<std::unique_ptr<Batch>>* done) {
+    bool all = true;
+    for (auto at = arriving_.begin(); at != arriving_.end();) {
+      const bool written = (*at)->written();
+      if (!written || !take_up(at->get())) {
+        all &= !written;
+        ++at;
+        continue;
+      }
+      done->push_back(std::move(*at));
+      at = arriving_.erase(at);
+    }
+    return all;
+  }
+
+  // False if the ticket of a move still belongs to an older move: again later.
+  bool take_up(Batch* batch) {
+    const int32_t* head = batch->words;
+    const Handle pool{head[1], static_cast<uint32_t>(head[2])};
+    const int64_t count = std::min<int64_t>(head[0], batch->capacity);
+    for (; batch->next < count; ++batch->next) {
+      Move move;
+      std::memcpy(&move, batch->words + 4 + batch->next * (sizeof(Move) / 4), sizeof(Move));
+      if (results.taken(move.ticket)) return false;
+      results.begin(move.ticket);
+      const MoveStatus status = admit_move(move, pool, batch->base, batch->pages,
+                                           batch->page_bytes, &segments, &pools);
+      if (status != MoveStatus::kPending) {
+        results.finish(move.ticket, status, 0);
+        continue;
+      }
+      char* page = batch->base + move.page * batch->page_bytes;
+      char* slot = segments.base(move.segment) + move.offset;
+      const bool in = move.flags & kMoveIn;
+      Item item{move, pool.id, in ? slot : page, in ? page : slot,
+                hold_until(move.ticket, 0)};
+      streams(batch->device)->waiting[in].push_back(item);
+    }
+    return true;
+  }
+
+  MoveStreams* streams(int device) {
+    std::unique_ptr<MoveStreams>& found = streams_[device];
+    if (found == nullptr) found = std::make_unique<MoveStreams>(device);
+    return found.get();
+  }
+
+  // Reports what has ended, issues what may begin; whether there is anything left.
+  bool advance(MoveStreams* streams) {
+    bool left = false;
+    for (int side = 0; side < 2; ++side) {
+      finish_flights(streams, side, false);
+      std::deque<Item>& waiting = streams->waiting[side];
+      while (!waiting.empty() && streams->room(side)) {
+        std::vector<Item> group;
+        const auto now = Clock::now();
+        while (!waiting.empty() && waiting.front().not_before <= now &&
+               streams->fits(group, waiting.front())) {
+          const Item item = waiting.front();
+          waiting.pop_front();
+          if (segments.abandoned(item.move.segment)) {
+            end(item, MoveStatus::kSegmentStale, 0);
+          } else {
+            group.push_back(item);
+          }
+        }
+        if (group.empty()) break;
+        if (!streams->issue(side, group)) {
+          for (const Item& item : group) end(item, MoveStatus::kCancelled, 0);
+        }
+      }
+      left |= !waiting.empty() || !streams->flying[side].empty();
+    }
+    return left;
+  }
+
+  void finish_flights(MoveStreams* streams, int side, bool all) {
+    std::deque<Flight>& flying = streams->flying[side];
+    while (!flying.empty()) {
+      Flight& flight = flying.front();
+      if (flight.landed == Clock::time_point::min()) {
+        if (!all && !streams->landed(flight)) return;
+        flight.landed = Clock::now();
+        flight.report = hold_until(flight.items.front().move.ticket, 1);
+      }
+      if (!all && flight.report > Clock::now()) return;
+      const auto time = std::chrono::duration_cast<std::chrono::nanoseconds>(
+          flight.landed - flight.started);
+      busy_ns.fetch_add(time.count(), std::memory_order_relaxed);
+      for (size_t i = 0; i < flight.items.size(); ++i) {
+        const Item& item = flight.items[i];
+        const uint64_t sum = item.move.flags & kMoveChecksum ? flight.sums[i] : 0;
+        const bool compare = item.move.flags & kMoveChecksum && item.move.flags & kMoveIn;
+        const bool wrong = compare && sum != item.move.checksum;
+        const uint64_t bytes = uint64_t(item.move.bytes) * item.move.runs;
+        (side ? bytes_in : bytes_out).fetch_add(bytes, std::memory_order_relaxed);
+        end(item, flight.failed ? MoveStatus::kCancelled
+                  : wrong       ? MoveStatus::kMismatch
+                                : MoveStatus::kDone, sum);
+      }
+      streams->reuse(std::move(flight));
+      flying.pop_front();
+    }
+  }
+
+  static void end(const Item& item, MoveStatus status, uint64_t sum) {
+    results.finish(item.move.ticket, status, sum);  // first: whoever retired the segment may ask
+    segments.release(item.move.segment);
+    pools.release(item.pool);
+  }
+
+  std::mutex inbox_lock_;  // held only to move pointers around
+  std::condition_variable wake_, looked_;
+  std::deque<std::unique_ptr<Batch>> inbox_;
+  std::vector<std::unique_ptr<Batch>> spares_;
+  uint64_t looks_wanted_ = 0, looks_done_ = 0;
+  bool stopped_ = false;
+  // The worker's own.
+  std::deque<std::unique_ptr<Batch>> arriving_;
+  std::map<int, std::unique_ptr<MoveStreams>> streams_;
+  clockid_t clock_;
+  std::thread worker_;
+};
+
+// Never destroyed: steps may still hand over moves while static destructors run.
+std::atomic<Queue*> current{nullptr};
+std::atomic<bool> queue_stopped{false};
+std::mutex creating;
+
+Queue* queue() {
+  Queue* found = current.load(std::memory_order_acquire);
+  if (found != nullptr) return found;
+  std::lock_guard<std::mutex> lock(creating);
+  found = current.load(std::memory_order_acquire);
+  if (found == nullptr) {
+    std::atexit(stop_moves);
+    // CUDA doesn't survive a fork: the child has moves no more.
+    pthread_atfork(nullptr, nullptr, [] {
+      queue_stopped.store(true);
+      current.store(nullptr);
+      segments.forget_users();
+      pools.forget_users();
+      results.cancel_pending();
+    });
+    found = new Queue;
+    current.store(found, std::memory_order_release);
+  }
+  return found;
+}
+
+// Before a look at what has been handed over.
+void settle() {
+  if (queue_stopped.load()) return;
+  if (Queue* found = current.load(std::memory_order_acquire)) found->settle();
+}
+
+}  // namespace
+
+Handle open_segment(void* base, uint64_t bytes) {
+  void *address = nullptr, *pinned = nullptr;
+  if (cuda::reach(default_device.load(), base, bytes, &address, &pinned) != cudaSuccess) {
+    return {-2, 0};
+  }
+  const Handle handle = segments.open(static_cast<char*>(address), bytes);
+  if (handle.id < 0) {
+    cuda::unpin(pinned);
+  } else {
+    pinned_by_us[handle.id] = pinned;
+  }
+  return handle;
+}
+
+bool retire_segment(Handle segment, bool abandon) {
+  if (!segments.acquire(segment)) return false;
+  void* pinned = pinned_by_us[segment.id];
+  segments.release(segment.id);
+  settle();
+  if (!segments.close(segment, abandon)) return false;
+  cuda::unpin(pinned);
+  return true;
+}
+
+Handle open_pool() { return pools.open(nullptr, 0); }
+
+bool close_pool(Handle pool) {
+  settle();
+  return pools.close(pool, false);
+}
+
+void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint64_t* checksums) {
+  results.poll(tickets, count, statuses, checksums);
+}
+
+bool drain_moves(int64_t timeout_us) {
+  const auto start = Clock::now();
+  settle();
+  while (!results.all_ended()) {
+    if (timeout_us >= 0 && Clock::now() - start > std::chrono::microseconds(timeout_us)) {
+      return false;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
+  return true;
+}
+
+void stop_moves() {
+  queue_stopped.store(true, std::memory_order_seq_cst);
+  static std::mutex once;
+  std::lock_guard<std::mutex> lock(once);
+  if (Queue* found = current.load()) found->stop();
+}
+
+void delay_moves(uint64_t seed, uint32_t max_us) {
+  delay_seed.store(seed);
+  delay_max_us.store(max_us);
+}
+
+MoveCounters move_counters() {
+  const Queue* found = current.load(std::memory_order_acquire);
+  return {results.handed_over.load(), results.finished.load(), results.failed.load(),
+          bytes_out.load(),           bytes_in.load(),         busy_ns.load(),
+          found == nullptr ? 0 : found->cpu_ns()};
+}
+
+namespace cuda {
+
+cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t page_bytes,
+                      const int32_t* head, const int32_t* moves, int64_t capacity) {
+  if (capacity <= 0 || queue_stopped.load(std::memory_order_seq_cst)) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  std::unique_ptr<Batch> batch = queue()->spare(device, capacity);
+  if (batch == nullptr) {
+    batch = std::make_unique<Batch>(device, capacity);
+    error = batch->allocate();
+    if (error != cudaSuccess) return error;
+  }
+  batch->base = static_cast<char*>(pool);
+  batch->pages = pages;
+  batch->page_bytes = page_bytes;
+  batch->next = 0;
+  error = hand_over_words(head, moves, static_cast<int32_t>(capacity * (sizeof(Move) / 4)),
+                          batch->device_words, stream);
+  if (error == cudaSuccess) error = cudaEventRecord(batch->event, stream);
+  if (error == cudaSuccess) queue()->push(std::move(batch));
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace aqua
+
+// The device whose context segments are registered in, if no other is current: the engine's first.
+extern "C" void aqua_moves_set_device(int32_t device) { aqua::default_device.store(device); }

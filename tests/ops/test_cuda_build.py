@@ -1,0 +1,174 @@
+"""The CUDA library as far as it can be tested without a GPU: it loads, and steps lower to it.
+
+Not collected where there is neither nvcc nor a library (tests/conftest.py), unless
+AQUA_REQUIRE_CUDA=1 asks for one.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aqua_jax.engine.buckets import BucketTable
+from aqua_jax.engine.programs import Programs, StepSpec
+from aqua_jax.models.config import ModelConfig
+from aqua_jax.models.parameters import abstract_decoder
+from aqua_jax.ops import library
+from aqua_jax.ops.attention import paged_attention
+from aqua_jax.ops.pages import copy_pages
+from tests.ops.attention_data import BF16, make_case
+
+LIBRARY = pathlib.Path(library.__file__).parents[1] / "_lib" / "libaqua_cuda.so"
+TARGETS = ("aqua_attention", "aqua_copy_pages", "aqua_enqueue_moves")
+FUNCTIONS = (
+    "AquaAttention", "AquaCopyPages", "AquaEnqueueMoves", "aqua_attention_workspace",
+    "aqua_segment_register", "aqua_segment_retire", "aqua_pool_register", "aqua_pool_close",
+    "aqua_moves_poll", "aqua_moves_drain", "aqua_moves_stop", "aqua_moves_set_delay",
+    "aqua_moves_counters", "aqua_moves_set_device",
+)
+LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
+LOAD = """
+import ctypes, sys
+handle = ctypes.CDLL(sys.argv[1])
+assert all(hasattr(handle, name) for name in sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def for_cuda():
+    """What the test traces is for CUDA."""
+    with library.lowering_for("cuda"):
+        yield
+
+
+def exported(function, *args, donate=0) -> str:
+    """StableHLO of a function for CUDA."""
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+    jitted = jax.jit(function, donate_argnums=donate)
+    return jax.export.export(jitted, platforms=["cuda"], disabled_checks=checks)(
+        *args
+    ).mlir_module()
+
+
+def calls(module: str) -> list[str]:
+    """The lines of custom calls of ours, in order."""
+    return [line for line in module.splitlines() if re.search(r"custom_call @aqua_", line)]
+
+
+def is_in_place(line: str) -> bool:
+    """Whether a custom call's first operand is its first result."""
+    alias = re.search(r"output_tuple_indices = \[0?\], operand_index = 0", line)
+    return alias is not None
+
+
+def test_it_loads_without_a_driver():
+    """In a process that has loaded nothing else of CUDA or jax."""
+    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(LIBRARY), *FUNCTIONS], capture_output=True, text=True,
+        env=environment, timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    needed = subprocess.run(
+        ["readelf", "--dynamic", str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.search(r"NEEDED.*(libcuda|libnv|libstdc)", needed), needed
+
+
+def test_it_is_what_operations_use_on_cuda(for_cuda):
+    assert library.platform() == "cuda"
+    assert library.reason() == "" and all(library.available(name) for name in TARGETS)
+    assert library.implementations() == {
+        "attention": "ffi", "copy_pages": "ffi", "linear": "xla", "sample_tokens": "reference"
+    }
+
+
+def test_other_platforms_are_not_mixed_up():
+    assert library.platform() == "cpu" and library.available("aqua_linear")
+    with library.lowering_for("cuda"):
+        assert not library.available("aqua_linear")
+    with pytest.raises(ValueError, match=r"got 'tpu'; allowed: cpu, cuda"):
+        with library.lowering_for("tpu"):
+            pass
+    assert library.platform() == "cpu"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_forward_step_lowers(deterministic, for_cuda):
+    """Embedding to last norm, with moves at its head: our calls in a chain, the pool in place."""
+    model = ModelConfig("llama", 512, 256, 512, LAYERS, 4, 2, 64, 1024)
+    graphdef, params = abstract_decoder(model, jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((32, LAYERS, 2, 16, 2, 64), jnp.bfloat16)
+    spec = StepSpec(
+        sequences=SEQUENCES, table_width=64,
+        buckets=BucketTable.build(
+            TOKENS, SEQUENCES, deterministic=deterministic, skips_padding=False
+        ),
+        history_width=1024, deterministic=deterministic, counts_rows=False, attention="ffi",
+        head_dim=64, max_moves=MOVES,
+    )
+    programs = Programs(graphdef, params, kv, spec)
+    vector = jax.ShapeDtypeStruct((spec.forward_layout(TOKENS).size,), jnp.int32)
+    last_tokens = jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32)
+    module = exported(
+        programs._forward, tuple(params.values()), kv, vector, last_tokens, donate=1
+    )
+    pool = "tensor<32x3x2x16x2x64xbf16>"
+    assert re.search(re.escape(pool) + r" \{tf\.aliasing_output = 0 : i32\}", module)
+    found = calls(module)
+    names = [re.search(r"@(aqua_\w+)", line)[1] for line in found]
+    assert names == ["aqua_enqueue_moves", "aqua_copy_pages", *["aqua_attention"] * LAYERS]
+    assert all(is_in_place(line) for line in found)
+    # Each takes the pool of the one before, and nobody copies it in between.
+    for before, after in zip(found, found[1:], strict=False):
+        result = re.search(r"(%\d+)", before)[1]
+        assert re.search(rf"@aqua_\w+\({result}(#0)?,", after), (before, after)
+    assert "layer = 2 : i64" in found[-1]
+    assert f"deterministic = {str(deterministic).lower()}" in found[-1]
+
+
+def test_shapes_without_a_kernel_fall_back(for_cuda):
+    def attention(dim, dtype, implementation=None):
+        case = make_case(np.random.default_rng(0), [1], [20], dim=dim, kv_dtype=dtype)
+
+        def step(kv, q, k, v, meta):
+            return paged_attention(
+                kv, q, k, v, meta, layer=0, scale=1.0, implementation=implementation
+            )
+
+        return exported(step, case.kv, case.q, case.k, case.v, case.meta)
+
+    assert len(calls(attention(64, BF16))) == 1
+    assert len(calls(attention(8, np.float16))) == 1
+    assert len(calls(attention(20, np.float32))) == 1
+    for dim, dtype in ((20, BF16), (5, np.float32), (320, BF16)):
+        assert not calls(attention(dim, dtype))
+        with pytest.raises(RuntimeError, match="no kernel for a pool"):
+            attention(dim, dtype, "ffi")
+    kv = jax.ShapeDtypeStruct((8, 64), jnp.float32)
+    for copies, found in ((4096, 1), (4097, 0)):
+        ids = jax.ShapeDtypeStruct((copies,), jnp.int32)
+        count = jax.ShapeDtypeStruct((1,), jnp.int32)
+        assert len(calls(exported(copy_pages, kv, ids, ids, count))) == found
+
+
+def test_the_workspace_does_not_grow_with_the_context(for_cuda):
+    """It is bounded by sequences and heads: long tables cost nothing, nor does a larger pool."""
+    sizes = {}
+    for length in (100, 5000):
+        case = make_case(np.random.default_rng(0), [1, 1], [length, 30], kv_dtype=BF16)
+
+        def step(kv, q, k, v, meta):
+            return paged_attention(kv, q, k, v, meta, layer=0, scale=1.0)
+
+        (line,) = calls(exported(step, case.kv, case.q, case.k, case.v, case.meta))
+        sizes[length] = int(re.findall(r"tensor<(\d+)xui8>", line)[0])
+    assert sizes[100] == sizes[5000] < 16 << 20
