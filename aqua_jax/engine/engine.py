@@ -177,6 +177,8 @@ class Engine:
         outputs, self._ended = self._ended, []
         try:
             self.tend()
+            if self._pager is not None and self._pending:
+                self._pager.linger(self._scheduler.costs.patience_s)
             plan = self._scheduler.plan(time.monotonic())
             record = None
             if plan is not None:

@@ -74,6 +74,7 @@ class Pager:
 
     Attributes:
       wait_s: seconds in which nothing could run because moves had not ended.
+      linger_s: seconds in which the host waited for moves while the device ran.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Pager:
         self._before = self._last = copy_queue.counters()
         self._failed: collections.Counter[str] = collections.Counter()
         self._bytes_out = self._bytes_in = 0
-        self.wait_s = 0.0
+        self.wait_s = self.linger_s = 0.0
 
     @property
     def outstanding(self) -> int:
@@ -242,6 +243,21 @@ class Pager:
                 tier.closed = True
                 tier.store.close()
 
+    def linger(self, limit_s: float) -> None:
+        """Gives moves under way a moment more, so that what they bring joins the next step.
+
+        They began with the step that runs now, so a plan made at once would miss them by a
+        millisecond, and a sequence would sit out a whole step. `limit_s` must be well below what is
+        left of that step: the device never waits for this. The time counts as `linger_s`.
+        """
+        if not self._under_way:
+            return
+        started = time.perf_counter()
+        while self._under_way and time.perf_counter() - started < limit_s:
+            time.sleep(_NAP_S)
+            self.poll()
+        self.linger_s += time.perf_counter() - started
+
     def wait(self, timeout_s: float) -> int:
         """Waits until some move has ended, at most `timeout_s`; reports and counts as `poll`.
 
@@ -311,6 +327,7 @@ class Pager:
             "moves_failed": dict(self._failed),
             "outstanding": self.outstanding,
             "wait_s": self.wait_s,
+            "linger_s": self.linger_s,
             "copy_busy_s": (now.busy_ns - before.busy_ns) * _NANO,
             "copy_cpu_s": (now.cpu_ns - before.cpu_ns) * _NANO,
         }

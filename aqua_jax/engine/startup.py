@@ -33,7 +33,7 @@ from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
 from aqua_jax.paging.moves import Store
-from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.fair import Fair, FairConfig
@@ -179,7 +179,8 @@ def _build(
 def _scheduler(
     config: EngineConfig, num_pages: int, max_model_len: int, tiers: Tiers, max_moves: int
 ) -> Scheduler:
-    pool = PagePool(num_pages, config.page_tokens)
+    evictable = FarthestNextUse() if tiers.stores else LeastRecentlyUsed()
+    pool = PagePool(num_pages, config.page_tokens, evictable)
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
         max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,

@@ -16,6 +16,8 @@ import math
 from aqua_jax.errors import ConfigError
 
 _NEWEST = 0.05  # weight of the newest observation in the running means
+_PATIENCE = 0.25
+_UNKNOWN_PAGES = 8
 _MIN_PREFILL = 8  # prompt tokens that a step must have to tell what one costs
 
 
@@ -32,11 +34,14 @@ class CostConfig:
     # The part of a copy's time that the steps beside it lose. Between 0 (their memory and cores are
     # not shared) and 1 (nothing overlaps); `scripts/move_rates.py` measures it.
     interference: float = 0.5
+    transit_steps: float = 2.0  # from a sequence's readmission to its first step
 
     def __post_init__(self) -> None:
         for field in ("prefill_tokens", "moved_page"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(field, getattr(self, field), "a number > 0")
+        if not 0 <= self.transit_steps < math.inf:
+            raise ConfigError("transit_steps", self.transit_steps, "a number >= 0")
         if not 0 <= self.interference <= 1:
             raise ConfigError("interference", self.interference, "from 0 to 1")
 
@@ -51,6 +56,7 @@ class Costs:
         self._decode_s = 0.0  # of it, per token
         self._prefill_s = 0.0  # per token
         self._page_s = 0.0  # of one page, one way
+        self._transit = 0.0  # steps from a sequence's readmission to its first in the batch
 
     def observe_step(self, prefill: int, decodes: int, seconds: float) -> None:
         """A step of so many prompt tokens and decodes took so long."""
@@ -68,6 +74,26 @@ class Costs:
         """Copying so many pages (whole ones, in sum) kept a worker busy for so long."""
         if pages > 0.0 and seconds > 0.0:
             self._page_s = _mean(self._page_s, seconds / pages)
+
+    def observe_return(self, steps: int) -> None:
+        """So many steps after it was given pages a sequence was in a step again."""
+        self._transit = _mean(self._transit, float(steps))
+
+    @property
+    def switch_steps(self) -> float:
+        """Decode steps that pages are of no use to anybody when they change hands."""
+        return self._transit or float(self.config.transit_steps)
+
+    @property
+    def patience_s(self) -> float:
+        """What the host may wait for copies while a step runs, and still be far ahead of it."""
+        return _PATIENCE * self._decode_step_s
+
+    def pages_within(self, share: float) -> int:
+        """Pages that can be copied in that share of a decode step; a few if that isn't known."""
+        if not self._page_s or not self._decode_step_s:
+            return _UNKNOWN_PAGES
+        return int(share * self._decode_step_s / self._page_s)
 
     @property
     def prefill(self) -> float:

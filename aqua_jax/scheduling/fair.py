@@ -118,10 +118,11 @@ class Fair:
         self._credit = 0.0
         self._costs: Costs | None = None
         self._price: Callable[[Sequence], float] = lambda sequence: float(sequence.num_computed)
+        self._swaps = False
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
+    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
         """What a prompt token costs, where the configuration doesn't say, and what a switch."""
-        self._costs, self._price = costs, price
+        self._costs, self._price, self._swaps = costs, price, swaps
 
     @property
     def prefill_cost(self) -> float:
@@ -179,7 +180,8 @@ class Fair:
 
     def begin(self, now: float, running: int) -> None:
         """A plan begins."""
-        self.slices.observe(now, len(self._accounts), running)
+        switch = self._costs.switch_steps if self._swaps and self._costs is not None else 0.0
+        self.slices.observe(now, len(self._accounts), running, switch)
 
     def admitted(self, sequence: Sequence, lost: int) -> None:
         """Charges a slice and the prompt in advance, so that the admissions of one plan alternate
@@ -199,13 +201,18 @@ class Fair:
 
     def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
         """Sequences whose slice is over and that have had no less than `head`, most served first,
-        as many as the guard affords."""
+        as many as the guard affords. Where their pages are kept, a newcomer takes the place of
+        those inside their slices as well, after their first token: its first is worth more than
+        their next ones a little earlier."""
         if self.slices.steps == math.inf:
             return []
         waiting = self._accounts[head]
+        begun = 0.0
+        if self._swaps and head.preemptions == 0:
+            begun = self.slices.steps - 1
         owed = [
             account for account in map(self._accounts.__getitem__, running)
-            if account.slice_left <= 0 and (
+            if account.slice_left <= begun and (
                 account.vruntime >= waiting.vruntime if account.user is waiting.user
                 else account.user.vruntime >= waiting.user.vruntime
             )
@@ -386,5 +393,6 @@ class Fair:
         account.prefill_left = account.recompute_left = 0
 
 
-def _merit(account: _Account) -> tuple[float, float, tuple[float, int]]:
-    return account.user.vruntime, account.vruntime, account.tie
+def _merit(account: _Account) -> tuple[bool, float, float, tuple[float, int]]:
+    over = account.slice_left <= 0
+    return over, account.user.vruntime, account.vruntime, account.tie

@@ -25,7 +25,9 @@ class SchedulerConfig:
     growth_tokens: int = 48  # room to grow, per running sequence, that an admission must leave
     # With stores below the pool.
     max_moves: int = 256  # page copies that a step has room for
-    write_behind_pages: int = 8  # copied ahead of need, per step
+    swap_growth_tokens: int = 4  # in place of growth_tokens: running short costs little there
+    write_behind_pages: int = 64  # copied ahead of need, at most, per step
+    write_behind_share: float = 0.25  # of a step, that those copies may take
     move_steps: int = 3  # that a copy is expected to take at most, from plan to plan
 
     def __post_init__(self) -> None:
@@ -39,7 +41,7 @@ class SchedulerConfig:
             )
         if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
             raise ConfigError("max_chunk_tokens", self.max_chunk_tokens, "an integer > 0 or None")
-        for field in ("growth_tokens", "write_behind_pages", "move_steps"):
+        for field in ("growth_tokens", "swap_growth_tokens", "write_behind_pages", "move_steps"):
             if getattr(self, field) < 0:
                 raise ConfigError(field, getattr(self, field), "an integer >= 0")
         if self.max_moves < 1:

@@ -27,9 +27,9 @@ _WRITE_BEHIND = 4  # sequences of the worst rank whose pages are copied ahead
 class Policy(Protocol):
     """Who is served first. Holds the waiting queue; the scheduler holds everything else."""
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
-        """Called once, by the scheduler: what things cost, and what it costs the others when a
-        running sequence gives way, in decode tokens."""
+    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
+        """Called once, by the scheduler: what things cost, what it costs the others when a running
+        sequence gives way, in decode tokens, and whether its pages are kept in a store then."""
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence into the waiting queue: new, forked, or preempted."""
@@ -92,7 +92,7 @@ class _Ranked:
         self._key = key
         self._waiting = SortedKeyList(key=key)
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float]) -> None:
+    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
         """Ranks don't depend on costs."""
 
     def push(self, sequence: Sequence) -> None:

@@ -55,11 +55,12 @@ class Room:
     def growth(self, sequence: Sequence) -> int:
         """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
         policy with slices, in a whole slice if that is longer, counted from the pages it has.
-        With stores the shorter of the two, for running short costs little then."""
+        With stores, in its next `swap_growth_tokens`. In a burst of 64 x (64 in, 512 out) over a
+        pool for 8, slices of 32 steps, 4 tokens made 4% more of the pool than 48."""
         known, slice_steps = sequence.total_len, int(self._policy.growth_steps)
         horizon = max(self._config.growth_tokens, slice_steps)
-        if self._residency is not None and slice_steps:
-            horizon = min(self._config.growth_tokens, slice_steps)
+        if self._residency is not None:
+            horizon = self._config.swap_growth_tokens
         soon = min(known + horizon, sequence.max_total_tokens - 1)
         if slice_steps and sequence.pages:
             return max(0, self._pool.pages_for(soon) - len(sequence.pages))

@@ -92,7 +92,7 @@ class Scheduler:
         self.holdings = Holdings(pool, prefix, residency)
         self.slots = Slots(config.max_num_seqs)
         self.room = Room(config, policy, self.holdings, self.costs, self.slots)
-        policy.bind(self.costs, self.room.price)
+        policy.bind(self.costs, self.room.price, residency is not None)
         self.counters = SchedulerCounters()
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
         self._live: set[Sequence] = set()
@@ -332,6 +332,7 @@ class Scheduler:
         elif draft is None:
             keep = computed - unsaved
         self._vacate(sequence, keep)
+        sequence.returned = -1
         sequence.status = Status.WAITING
         self._enqueue(sequence)
 
@@ -403,6 +404,7 @@ class Scheduler:
         self.policy.admitted(sequence, lost)
         brought = sum(count for home, _, count in found.kept if home is None)
         if brought:
+            sequence.returned = self.counters.plans
             self.policy.on_service(sequence, price=self.costs.swap(brought, 0))
         sequence.num_dropped = 0
         return True
@@ -414,7 +416,10 @@ class Scheduler:
         once. They were computed by steps already dispatched: no count has advanced yet."""
         if not len(self.policy) or self.residency is None or not self.residency.usable:
             return
-        limit, size = self.config.write_behind_pages, self.pool.page_tokens
+        config, size = self.config, self.pool.page_tokens
+        limit = min(
+            config.write_behind_pages, self.costs.pages_within(config.write_behind_share)
+        )
         for sequence in self.policy.leaving_next(self._running):
             if limit <= 0:
                 return
@@ -433,6 +438,9 @@ class Scheduler:
         num_tokens = self.config.max_step_tokens - draft.budget
         for chunk in draft.chunks:
             sequence = chunk.sequence
+            if sequence.returned >= 0:
+                self.costs.observe_return(self.counters.plans - sequence.returned)
+                sequence.returned = -1
             sequence.num_computed += chunk.count
             if chunk.sample:
                 sequence.num_inflight += 1

@@ -56,6 +56,7 @@ class Sequence:
     num_lost: int = dataclasses.field(default=0, init=False)  # dropped and computed again, in all
     preemptions: int = dataclasses.field(default=0, init=False)
     swapped: bool = dataclasses.field(default=False, init=False)  # the last time it gave way
+    returned: int = dataclasses.field(default=-1, init=False)  # plan of a return; -1: it has run
     switch_price: float = dataclasses.field(default=0.0, init=False)  # of that, in decode tokens
 
     def __post_init__(self) -> None:

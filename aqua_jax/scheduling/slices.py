@@ -31,6 +31,7 @@ class SliceConfig:
     tbt_slo_s: float = 0.0  # auto: longest gap aimed at, in seconds; 0: as short as it goes
     recompute_share: float = 0.2  # auto: of all computed tokens, those spent on switching
     min_slice_steps: int = 16  # auto
+    idle_share: float = 0.05  # auto: of pages' time, what they spend changing hands
     max_slice_steps: int = 256  # auto
 
     def __post_init__(self) -> None:
@@ -45,6 +46,8 @@ class SliceConfig:
             raise ConfigError("tbt_slo_s", self.tbt_slo_s, "seconds >= 0")
         if not 0 < self.recompute_share < 1:
             raise ConfigError("recompute_share", self.recompute_share, "between 0 and 1")
+        if not 0 < self.idle_share < 1:
+            raise ConfigError("idle_share", self.idle_share, "between 0 and 1")
         if not 1 <= self.min_slice_steps <= self.max_slice_steps:
             raise ConfigError(
                 "min_slice_steps", self.min_slice_steps,
@@ -55,9 +58,11 @@ class SliceConfig:
 class Slices:
     """The length of the next slice, and the budget for switches.
 
-    Automatic slices adapt in two ways. The least length follows `tbt_slo_s`: a sequence that gave
-    way comes back after the others' slices, about `live / running` of them, so slices as long as
-    `slo * running / live` keep the gap and switch no more than they must.
+    Automatic slices adapt in three ways. Where pages are kept in a store, a switch makes them
+    useless for as long as copies take, `switch_steps`; slices are long enough for that to be
+    `idle_share` of the time. They follow `tbt_slo_s`: a sequence that gave way comes back after the
+    others' slices, about `live / running` of them, so slices as long as `slo * running / live` keep
+    the gap and switch no more than they must.
     On top comes the *guard*: a switch that will recompute R tokens is made only when `share / (1 -
     share) * (other tokens computed)` covers it. So the slices that really happen get longer with
     what a switch costs, (1 - share) / share * R tokens on average, and at most `recompute_share` of
@@ -91,9 +96,22 @@ class Slices:
         overdrawn = self._auto and self._budget < 0.0
         return float(self.config.max_slice_steps) if overdrawn else self._steps
 
-    def observe(self, now: float, live: int, running: int) -> None:
-        """Called once per plan; adapts the length to the time a step takes and to the load."""
-        if not self._auto or self.config.tbt_slo_s == 0.0:
+    def observe(self, now: float, live: int, running: int, switch_steps: float = 0.0) -> None:
+        """Called once per plan; adapts the length to the time a step takes and to the load.
+
+        Args:
+          now: seconds.
+          live: sequences.
+          running: of these, those with pages.
+          switch_steps: steps that pages are of no use when they change hands.
+        """
+        if not self._auto:
+            return
+        limits = self.config
+        least = switch_steps * (1.0 / limits.idle_share - 1.0)
+        least = float(round(min(max(least, limits.min_slice_steps), limits.max_slice_steps)))
+        if limits.tbt_slo_s == 0.0:
+            self._steps = least
             return
         if self._planned_at is not None and 0.0 < now - self._planned_at < _LONGEST_STEP_S:
             passed = now - self._planned_at
@@ -103,8 +121,7 @@ class Slices:
         if self._step_s > 0.0:
             others = max(1.0, live / max(1, running) - 1.0)  # slices until one comes back
             steps = int(self.config.tbt_slo_s / (self._step_s * others))
-            limits = self.config
-            self._steps = float(min(max(steps, limits.min_slice_steps), limits.max_slice_steps))
+            self._steps = float(min(max(steps, least), limits.max_slice_steps))
 
     def earn(self, tokens: int) -> None:
         """Tokens were computed for the first time."""
