@@ -125,11 +125,15 @@ def available() -> bool:
     return library.available("aqua_enqueue_moves")
 
 
-@functools.cache
 def _native() -> ctypes.CDLL:
+    return _bound(library.platform())
+
+
+@functools.cache
+def _bound(platform: str) -> ctypes.CDLL:
     native = library.symbols()
     if native is None or not available():
-        raise RuntimeError(f"moves need the native library: {library.reason()}")
+        raise RuntimeError(f"moves on {platform} need the native library: {library.reason()}")
     i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
     pointer = ctypes.c_void_p
     if jax.default_backend() == "gpu":
