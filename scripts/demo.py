@@ -275,7 +275,7 @@ def cells(metrics: dict[str, float]) -> list[str]:
         paged = f"{metrics['paged_out_mib'] + metrics['paged_in_mib']:.0f}"
     return [
         f"{metrics['ttft_p50_s']:.2f} s", f"{metrics['ttft_p99_s']:.2f} s",
-        f"{metrics['tbt_max_ms'] / 1e3:.2f} s", f"{metrics['output_tok_s']:.0f}",
+        f"{metrics.get('tbt_max_ms', 0.0) / 1e3:.2f} s", f"{metrics['output_tok_s']:.0f}",
         paged, f"{metrics['recomputed_tokens']:.0f} tokens",
     ]
 
@@ -360,6 +360,8 @@ def main() -> int:
         "--deterministic", action="store_true", help="equal answers in all runs; slower"
     )
     arguments = parser.parse_args()
+    # So that the lender ends with us.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)

@@ -27,9 +27,9 @@ STATES = {
     "failed": ("✗", "X", "bold red"),
 }
 MEANINGS = {
-    "waiting": "waiting for its first token", "running": "running",
-    "peer": "its pages in the lender's memory", "host": "in our own host memory",
-    "away": "gave way, to be recomputed", "done": "done", "failed": "failed",
+    "waiting": "waiting for a first token", "running": "running",
+    "peer": "pages in the lender's memory", "host": "in our own", "away": "to be recomputed",
+    "done": "done", "failed": "failed",
 }
 
 
@@ -128,7 +128,7 @@ def legend(console: Console) -> Text:
         if state == "failed":
             continue
         text.append(plain if console.options.ascii_only else mark, colour)
-        text.append(f" {MEANINGS[state]}   ", "dim")
+        text.append(f" {MEANINGS[state]}  ", "dim")
     return text
 
 

@@ -48,7 +48,7 @@ def plot_data(runs: Mapping[str, Run]) -> dict[str, Any]:
                 "worst_gap_ms": max(own) * 1e3 if own else None,
             })
         window = contended(run.served)
-        first = [one["ttft_s"] for one in requests if one["ttft_s"] is not None]
+        first = [one.tokens[0] - one.due for one in run.served if one.tokens]
         every = sorted(gap * 1e3 for one in run.served for gap in gaps(one))
         data[name] = {
             "requests": requests, "ttft_p99_s": percentile(first, 99) if first else None,

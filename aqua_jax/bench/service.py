@@ -81,10 +81,10 @@ def run_metrics(run: Run, *, ttft_slo_s: float, tbt_slo_s: float) -> dict[str, f
 
     Returns:
       ttft_*_s from when the request was due; tbt_*_ms over all gaps of all requests (max: the
-      worst); output_tok_s; goodput_req_s: good requests a second; waiting_mean (over time) and
-      waiting_max: requests without a token; resident_mean: sequences in the steps; failed. Where
-      the engine states a bound: bound_steps, the largest while the load ran, and what `_bounds`
-      says. With several users that compete, jain_index of their weighted service and
+      worst), if there are any; output_tok_s; goodput_req_s: good requests a second; waiting_mean
+      (over time) and waiting_max: requests without a token; resident_mean: sequences in the steps;
+      failed. Where the engine states a bound: bound_steps, the largest while the load ran, and what
+      `_bounds` says. With several users that compete, jain_index of their weighted service and
       jain_window_s, the time it was taken over; where windows of 20 bounds fit into that time,
       jain_worst, the least of theirs, and jain_windows, how many.
 
@@ -96,7 +96,7 @@ def run_metrics(run: Run, *, ttft_slo_s: float, tbt_slo_s: float) -> dict[str, f
         raise RuntimeError(f"no request got a token: {run.served[0].error}")
     first = [one.tokens[0] - one.due for one in answered]
     every = [gaps(one) for one in answered]
-    flat = [gap for own in every for gap in own] or [0.0]
+    flat = [gap for own in every for gap in own]
     total = max(one.tokens[-1] for one in answered)
     tokens = sum(len(one.tokens) for one in answered)
     good = sum(
@@ -105,8 +105,14 @@ def run_metrics(run: Run, *, ttft_slo_s: float, tbt_slo_s: float) -> dict[str, f
     )
     metrics: dict[str, float] = {
         "ttft_p50_s": percentile(first, 50), "ttft_p99_s": percentile(first, 99),
-        "tbt_p50_ms": percentile(flat, 50) * 1e3, "tbt_p99_ms": percentile(flat, 99) * 1e3,
-        "tbt_max_ms": max(flat) * 1e3, "output_tok_s": tokens / max(total, 1e-9),
+    }
+    if flat:
+        metrics |= {
+            "tbt_p50_ms": percentile(flat, 50) * 1e3, "tbt_p99_ms": percentile(flat, 99) * 1e3,
+            "tbt_max_ms": max(flat) * 1e3,
+        }
+    metrics |= {
+        "output_tok_s": tokens / max(total, 1e-9),
         "goodput_req_s": good / max(total, 1e-9), "tokens": tokens, "total_s": total,
         "waiting_mean": _time_mean(run, "waiting"),
         "waiting_max": max(at.waiting for at in run.samples),

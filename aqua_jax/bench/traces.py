@@ -71,7 +71,7 @@ class _Line:
 
     def number(self, field: str, default: float | None = None, *, positive: bool = False) -> float:
         """A finite number >= 0 (or > 0)."""
-        value = self.values.get(field, default)
+        value: Any = self.values.get(field, default)
         if isinstance(value, str):  # of a CSV
             try:
                 value = float(value)
