@@ -50,7 +50,7 @@ class Shard:
         return tuple(stop - start for start, stop in self.index)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
     """An array without its content.
 
@@ -69,7 +69,7 @@ class Leaf:
     committed: bool = True
     weak: bool = False
     keys: tuple[Any, jax.sharding.Sharding] | None = None
-    shards: tuple[Shard, ...] = ()
+    shards: list[Shard] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +101,15 @@ def layout_of(tree: Any) -> tuple[Layout, list[Any]]:
     structs: list[Any] = []
     end = 0
     for path, value in paths:
-        name = "x" + jax.tree_util.keystr(path)
         source: Any = value
         if isinstance(value, jax.Array):
-            leaf, source = _describe(name, value)
+            leaf, source = _describe(path, value)
             struct = jax.ShapeDtypeStruct(
                 value.shape, value.dtype, sharding=value.sharding if leaf.committed else None
             )
         elif isinstance(value, np.ndarray):
             if value.dtype.hasobject:
-                raise ConfigError(name, value.dtype, "an array of numbers")
+                raise ConfigError(_name(path), value.dtype, "an array of numbers")
             leaf = Leaf(value.shape, value.dtype, None)
             struct = jax.ShapeDtypeStruct(value.shape, value.dtype)
         elif isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
@@ -119,26 +118,29 @@ def layout_of(tree: Any) -> tuple[Layout, list[Any]]:
             structs.append(value)
             continue
         else:
-            raise ConfigError(name, value, "arrays of jax or NumPy, numbers, text")
-        leaf, end = _laid_out(leaf, source, end)
+            raise ConfigError(_name(path), value, "arrays of jax or NumPy, numbers, text")
+        end = _lay_out(leaf, source, end)
         leaves.append(leaf)
         sources.append(source)
         structs.append(struct)
     return Layout(treedef, tuple(leaves), end, jax.tree.unflatten(treedef, structs)), sources
 
 
-def _describe(name: str, value: jax.Array) -> tuple[Leaf, jax.Array]:
+def _name(path: Any) -> str:
+    return "x" + str(jax.tree_util.keystr(path))
+
+
+def _describe(path: Any, value: jax.Array) -> tuple[Leaf, jax.Array]:
     """A leaf without shards, and the array of its bytes."""
     try:
         deleted = value.is_deleted()
-        shards = () if deleted else value.addressable_shards
+        here = not deleted and bool(value.sharding.addressable_devices)
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise ConfigError(
-            name, type(value).__name__, "a concrete array: nothing is offloaded inside jit"
-        ) from error
-    if deleted or not shards:
+        allowed = "a concrete array: nothing is offloaded inside jit"
+        raise ConfigError(_name(path), type(value).__name__, allowed) from error
+    if not here:
         allowed = "one that hasn't been deleted or donated, with a part in this process"
-        raise ConfigError(name, "a deleted array" if deleted else "no part of it", allowed)
+        raise ConfigError(_name(path), "a deleted array" if deleted else "no part of it", allowed)
     keys, source, weak = None, value, False
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         keys = jax.random.key_impl(value), value.sharding
@@ -150,20 +152,22 @@ def _describe(name: str, value: jax.Array) -> tuple[Leaf, jax.Array]:
     ), source
 
 
-def _laid_out(leaf: Leaf, source: Any, end: int) -> tuple[Leaf, int]:
-    """The leaf with places for its shards from `end` on, and the new end."""
-    if leaf.sharding is None:
-        indices = [_whole(leaf.shape)]
-    else:
-        indices = list(dict.fromkeys(
-            _index(shard.index, leaf.shape) for shard in source.addressable_shards
-        ))
-    shards = []
-    for index in indices:
+def _lay_out(leaf: Leaf, source: Any, end: int) -> int:
+    """Gives the leaf's shards places from `end` on; returns the new end."""
+    for index in _shards(leaf, source):
         shard = Shard(index, end)
-        shards.append(shard)
-        end = align(end + math.prod(shard.shape) * leaf.dtype.itemsize)
-    return dataclasses.replace(leaf, shards=tuple(shards)), end
+        leaf.shards.append(shard)
+        end = align(end + _bytes(leaf, shard))
+    return end
+
+
+def _shards(leaf: Leaf, source: Any) -> dict[Index, Any]:
+    """The distinct parts of an array that this process has."""
+    if leaf.sharding is None or len(leaf.sharding.device_set) == 1:
+        return {_whole(leaf.shape): source}
+    shards = source.addressable_shards
+    # Of replicas the first, so that they are there once.
+    return {_index(shard.index, leaf.shape): shard.data for shard in reversed(shards)}
 
 
 def _whole(shape: Sequence[int]) -> Index:
@@ -197,20 +201,13 @@ def host_views(layout: Layout, sources: Sequence[Any]) -> list[tuple[Span, np.nd
         if source is None:
             continue
         try:
-            parts = _host_parts(leaf, source)
+            parts = _shards(leaf, source)
+            views = [np.ascontiguousarray(parts[shard.index]) for shard in leaf.shards]
         except RuntimeError as error:
             raise StoreError(f"an array can't be read any more: {error}") from error
-        for shard, view in zip(leaf.shards, parts, strict=True):
+        for shard, view in zip(leaf.shards, views, strict=True):
             found.append((Span(shard.offset, view.ctypes.data, view.nbytes), view))
     return found
-
-
-def _host_parts(leaf: Leaf, source: Any) -> list[np.ndarray]:
-    """The shards of a leaf, contiguous."""
-    if leaf.sharding is None:
-        return [np.ascontiguousarray(source)]
-    shards = {_index(shard.index, leaf.shape): shard for shard in source.addressable_shards}
-    return [np.ascontiguousarray(shards[shard.index].data) for shard in leaf.shards]
 
 
 def start_transfer(sources: Sequence[Any]) -> None:
@@ -262,7 +259,7 @@ def rebuild(layout: Layout, read: Read, placements: Any = None) -> Any:
     contents = iter(buffers.views)
     puts: list[np.ndarray] = []
     devices: list[Any] = []
-    slots: list[tuple[int, Leaf, list[int]]] = []
+    slots: list[tuple[int, Leaf, slice]] = []
     for at, leaf in plain:
         views = {
             shard.index: _typed(next(contents), leaf.dtype, shard.shape) for shard in leaf.shards
@@ -274,10 +271,10 @@ def rebuild(layout: Layout, read: Read, placements: Any = None) -> Any:
         for device, index in _parts(leaf.sharding, leaf.shape):
             puts.append(views[index])
             devices.append(_single(leaf.sharding, device) if leaf.committed else None)
-        slots.append((at, leaf, list(range(first, len(puts)))))
+        slots.append((at, leaf, slice(first, len(puts))))
     arrays = _put(puts, devices)
     for at, leaf, numbers in slots:
-        leaves[at] = _finish(leaf, [arrays[number] for number in numbers])
+        leaves[at] = _finish(leaf, arrays[numbers])
     for at, placement in enumerate(wanted):
         if placement is not None:
             leaves[at] = _elsewhere(leaves[at], read, placement)
@@ -357,6 +354,8 @@ def _parts(
     sharding: jax.sharding.Sharding, shape: tuple[int, ...]
 ) -> list[tuple[jax.Device, Index]]:
     """This process's devices of a sharding, each with its part."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return [(device, _whole(shape)) for device in sharding.device_set]
     return [
         (device, _index(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
@@ -402,7 +401,7 @@ def _finish(leaf: Leaf, parts: list[jax.Array]) -> jax.Array:
     """The array of its parts, one on each device."""
     assert leaf.sharding is not None
     array = parts[0]
-    if leaf.committed:
+    if leaf.committed and array.sharding != leaf.sharding:
         array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
     if leaf.weak:
         array = _weakener(leaf.shape, leaf.dtype, leaf.sharding if leaf.committed else None)(array)
