@@ -107,6 +107,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "top", "aqua_jax.cli.top", "what a server is doing, live",
+        "Shows the requests of a running `aqua-jax serve`: whose they are, how far they have come, "
+        "and where their pages are. Needs the extra top: pip install 'aqua-jax[top]'.",
+        (
+            "aqua-jax top --url=http://127.0.0.1:8000",
+            "aqua-jax top --once",
+        ),
+    ),
+    Command(
         "lend", "aqua_jax.cli.lend", "lend memory to other processes",
         "Lends memory of this process to engines of the same user. Ctrl-C (or SIGTERM) asks for "
         "it back and waits until it has come. One line on standard error tells every change.",

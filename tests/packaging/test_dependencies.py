@@ -39,7 +39,7 @@ def imported_tops() -> set[str]:
 def test_every_import_is_declared() -> None:
     # What only one command needs comes with an extra.
     extras = project()["optional-dependencies"]
-    lines = project()["dependencies"] + extras["plots"] + extras["serve"]
+    lines = project()["dependencies"] + extras["plots"] + extras["serve"] + extras["top"]
     declared = {name_of(line) for line in lines}
     names = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared}
     assert imported_tops() <= names, f"imported, not declared: {imported_tops() - names}"

@@ -1,0 +1,164 @@
+"""What it costs to watch: `aqua-jax top` and the page at / over a server with many requests.
+
+    python scripts/view_cost.py --requests=2000 --seconds=20
+
+A tiny model answers --requests requests at a snail's pace (one step every --step_ms), so that they
+all stay alive while somebody looks. Printed is the processor time, as a share of one core, of the
+watching processes and of the server's threads, with and without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import pathlib
+import pty
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def tree_seconds(root: int) -> float:
+    """Processor time of a process and all below it."""
+    tick, parents, spent = os.sysconf("SC_CLK_TCK"), {}, {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                text = pathlib.Path(f"/proc/{name}/stat").read_text()
+                fields = text.rpartition(")")[2].split()
+                parents[int(name)] = int(fields[1])
+                spent[int(name)] = (int(fields[11]) + int(fields[12])) / tick
+
+    def below(pid: int) -> bool:
+        while pid and pid != root:
+            pid = parents.get(pid, 0)
+        return pid == root
+
+    return sum(seconds for pid, seconds in spent.items() if below(pid))
+
+
+@contextlib.contextmanager
+def terminal_program(arguments: list[str]):
+    """Runs a program in a terminal of 160 x 50 whose output is read and dropped."""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        arguments, stdin=inner, stdout=inner, stderr=inner,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "LINES": "50"},
+    )
+    os.close(inner)
+    drawn = [0]
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(terminal, 1 << 16):
+                drawn[0] += len(data)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    try:
+        yield process.pid, drawn
+    finally:
+        process.terminate()
+        process.wait(20)
+        thread.join()
+        os.close(terminal)
+
+
+@contextlib.contextmanager
+def browser(url: str, folder: str):
+    """Chromium without a window, showing `url`."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if program is None:
+        yield None
+        return
+    process = subprocess.Popen(
+        [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
+         f"--user-data-dir={folder}", "--remote-debugging-port=0", url],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def main() -> None:
+    """Runs and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--step_ms", type=float, default=50.0)
+    parser.add_argument("--policy", default="fair")
+    args = parser.parse_args()
+
+    from aqua_jax.config import SamplingParams
+    from aqua_jax.engine.engine import Engine
+    from aqua_jax.server.metrics import thread_seconds
+    from tests.server.serving import AsyncEngine, serving, text_engine_config
+
+    class Slow(Engine):
+        """Sleeps before each step."""
+
+        def step(self):
+            time.sleep(args.step_ms / 1000)
+            return super().step()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = text_engine_config(
+            pathlib.Path(folder), policy=args.policy, kv_cache_tokens=65536, max_num_seqs=64,
+            max_step_tokens=1024,
+        )
+        engine = AsyncEngine(config, make_engine=Slow)
+        with serving(config, engine=engine, max_live_requests=10**6) as served:
+            loop = asyncio.new_event_loop()
+            params = SamplingParams(max_tokens=1500, ignore_eos=True)
+
+            async def submit() -> list:
+                return [
+                    await engine.submit([5 + number % 100] * 100, params,
+                                        user=f"user{number % 50}", final_only=True)
+                    for number in range(args.requests)
+                ]
+
+            streams = loop.run_until_complete(submit())
+            time.sleep(3)
+
+            def measure(name: str, pid: int | None) -> None:
+                time.sleep(4)  # it starts
+                before, began = thread_seconds(), time.monotonic()
+                own = tree_seconds(pid) if pid else 0.0
+                time.sleep(args.seconds)
+                span = time.monotonic() - began
+                after = thread_seconds()
+                watching = (tree_seconds(pid) - own) / span if pid else 0.0
+                threads = ", ".join(
+                    f"{thread} {(after[thread] - before.get(thread, 0.0)) / span:.2%}"
+                    for thread in ("aqua-engine", "aqua-http")
+                )
+                print(f"{name:10} watching {watching:.2%} of a core; server: {threads}", flush=True)
+
+            print(f"{engine.stats()['live_requests']} requests")
+            measure("nobody", None)
+            top = [sys.executable, "-m", "aqua_jax.cli.main", "top", f"--url={served.url}"]
+            with terminal_program(top) as (pid, drawn):
+                measure("top", pid)
+                assert drawn[0] > 1000 * args.seconds, "nothing was drawn"
+            with tempfile.TemporaryDirectory() as profile, browser(served.url, profile) as pid:
+                measure("page", pid)
+            measure("nobody", None)
+            for stream in streams:
+                stream.close()
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

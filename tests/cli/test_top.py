@@ -1,0 +1,133 @@
+"""`aqua-jax top`: a snapshot as lines, and a real server watched in a real terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import time
+
+import pytest
+
+from aqua_jax.cli import main as cli
+from aqua_jax.cli.board import board, rates, size
+from aqua_jax.engine.inspect import COLUMNS
+from tests.cli.text_model import ROOT, command
+from tests.server.serving import connect, post_bytes, serving, text_engine_config
+
+
+def row(number, state="running", **changes):
+    values = {
+        "request": f"r{number}", "sample": 0, "user": "ann", "state": state, "prompt_tokens": 100,
+        "output_tokens": 7, "computed_tokens": 106, "arrived": 90.0, "ttft_s": 0.25,
+        "vruntime": 3.5, "slice_left": 4.0, "pool_pages": 7, "peer_pages": 0, "host_pages": 0,
+        "preemptions": 0, **changes,
+    }
+    return [values[name] for name in COLUMNS]
+
+
+def snapshot(rows, time=100.0, **stats):
+    return {
+        "columns": COLUMNS, "rows": rows, "users": {}, "time": time, "model": "m", "live": 1,
+        "stats": {
+            "steps": 10, "output_tokens": 50, "preemptions": 0,
+            "pages": {"total": 60, "in_use": 30, "cached": 10, "free": 20},
+            "paging": {
+                "stores": [
+                    {"name": "peer", "capacity": 40, "in_use": 10, "free": 30, "lost": True},
+                    {"name": "host", "capacity": 0, "in_use": 0, "free": 0, "lost": False},
+                ],
+                "bytes_out": 0, "bytes_in": 0, "outstanding": 2,
+            },
+            **stats,
+        },
+    }
+
+
+def text(lines):
+    return ["".join(span for span, _ in line) for line in lines]
+
+
+def test_running_ones_come_first_and_the_rest_is_counted():
+    rows = [row(n, "waiting", ttft_s=None, pool_pages=0) for n in range(50)]
+    rows += [row(99), row(98, "swapped", host_pages=14, pool_pages=0)]
+    lines = text(board(snapshot(rows), rates(None, snapshot([])), 150, 30))
+    assert len(lines) <= 30 and all(len(line) <= 150 for line in lines)
+    assert "1 running" in lines[0] and "1 swapped" in lines[0] and "50 waiting" in lines[0]
+    assert "30/60 pages" in lines[1] and "10/40 pages LOST" in lines[2] and "0/0" in lines[3]
+    title = next(n for n, line in enumerate(lines) if line.startswith("REQUEST"))
+    assert [line.split()[0] for line in lines[title + 1 : title + 4]] == ["r99", "r98", "r0"]
+    assert "█" * 10 in lines[title + 1] and "▒" * 20 in lines[title + 2]
+    assert "(10.0s)" in lines[title + 3] and "0.25s" in lines[title + 1]
+    shown = len(lines) - title - 2
+    assert lines[-1] == f"... and {52 - shown} more"
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 8), (80, 24), (300, 80)])
+def test_every_screen_is_filled_and_not_overrun(width, height):
+    rows = [row(n, user="x" * 40, request="y" * 40, vruntime=None) for n in range(100)]
+    lines = text(board(snapshot(rows), rates(None, snapshot([])), width, height))
+    assert len(lines) <= height and max(map(len, lines)) <= width
+
+
+def test_rates_are_between_two_looks_and_never_negative():
+    first = snapshot([], 100.0)
+    second = snapshot([], 102.0, steps=30, output_tokens=150)
+    second["stats"]["paging"]["bytes_out"] = 4 << 20
+    speed = rates(first, second)
+    assert speed.steps == 10 and speed.tokens == 50 and speed.out_bytes == 2 << 20
+    assert rates(second, first).steps == 0  # another server at the same place
+    assert "2.0 MiB/s" in " ".join(text(board(second, speed, 150, 30)))
+    assert [size(n) for n in (0, 999, 5000, 300 << 10, 3 << 40)] == [
+        "0 B", "999 B", "4.9 KiB", "300 KiB", "3.0 TiB"
+    ]
+
+
+def test_names_cannot_steer_the_terminal():
+    bad = row(1, user="\x1b[2J\nboo", request="a\rb")
+    joined = "".join(text(board(snapshot([bad]), rates(None, snapshot([])), 150, 30)))
+    assert "\x1b" not in joined and "\n" not in joined and "\r" not in joined and "?[2J" in joined
+
+
+def test_a_server_is_watched_in_a_terminal_until_ctrl_c(tmp_path):
+    with (
+        serving(text_engine_config(tmp_path, policy="fair"), drain_timeout_s=0.1) as served,
+        connect(served.port) as connection,
+    ):
+        body = {"prompt": "fox", "max_tokens": 2000, "ignore_eos": True, "user": "ann", "n": 8}
+        connection.sendall(post_bytes("/v1/completions", body))
+        terminal, inner = pty.openpty()
+        process = subprocess.Popen(
+            command("top", f"--url={served.url}", "--interval_s=0.1"), cwd=ROOT,
+            stdin=inner, stdout=inner, stderr=inner,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "150", "LINES": "40"},
+        )
+        os.close(inner)
+        seen = b""
+        deadline = time.monotonic() + 60
+        while not (b"running" in seen and b"REQUEST" in seen and seen.count(b"pool") > 2):
+            assert time.monotonic() < deadline, seen
+            seen += os.read(terminal, 1 << 16)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while data := os.read(terminal, 1 << 16):
+                seen += data
+        assert process.wait(30) == 0
+        os.close(terminal)
+        assert b"\x1b[?1049l" in seen  # the terminal is as it was
+
+
+def test_once_prints_one_look(tmp_path, capsys):
+    with serving(text_engine_config(tmp_path), keys=["secret"]) as served:
+        (tmp_path / "keys").write_text("# mine\nsecret\n")
+        asked = ["top", f"--url={served.url}", "--once", "--interval_s=0.1"]
+        assert cli.main(asked) == 2
+        assert "401" in capsys.readouterr().err
+        assert cli.main([*asked, f"--api_key_file={tmp_path / 'keys'}"]) == 0
+        assert "0 running" in capsys.readouterr().out
+    assert cli.main(asked) == 2
+    assert served.url in capsys.readouterr().err
+    assert cli.main(["top", "--url=ftp://x"]) == 2
+    assert "http://HOST:PORT" in capsys.readouterr().err
