@@ -97,5 +97,5 @@ class LedgerError(FieldError):
     """The ledger refuses: an unknown id, somebody else's, an over-free, a size that can't be."""
 
 
-class CoordinatorError(AquaError):
+class CoordinatorError(LenderError):
     """The coordinator cannot be reached, doesn't answer, or refuses to talk to us."""

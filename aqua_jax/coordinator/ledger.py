@@ -235,7 +235,8 @@ class Ledger(Recovery):
                 "quota" if units * unit < least else "room",
                 sum(arena.free.total for arena in arenas),
                 max((arena.free.longest for arena in arenas), default=0),
-                any(arena.dirty.total or arena.scrubbing.total for arena in arenas),
+                units * unit >= least and any(a.dirty.total or a.scrubbing.total for a in arenas)
+                and sum(a.lent - a.held for a in arenas) >= least,
             )
         lease = self._next()
         ranges = []
@@ -257,9 +258,11 @@ class Ledger(Recovery):
           LedgerError: it is somebody else's or never was, or doesn't hold all of that.
         """
         self._client(key)
-        found = self._range(key, generation)
         whole("start", start)
         whole("end", end)
+        if self._waits(key, generation, (start, end)):
+            return
+        found = self._range(key, generation)
         if start % PAGE or end % PAGE or not found.held.contains(start, end):
             raise LedgerError("start", start, f"whole pages that are held, not up to {end}")
         self._release(found, [(start, end)])
@@ -273,6 +276,8 @@ class Ledger(Recovery):
           LedgerError: it is somebody else's or never was.
         """
         self._client(key)
+        if self._waits(key, generation, None):
+            return
         found = self._range(key, generation)
         self._release(found, list(found.held))
         self._settle(self.arenas[found.arena])
@@ -331,6 +336,18 @@ class Ledger(Recovery):
             if not self.clients[key].killed:
                 self.clients[key].killed = True
                 self._events.append(Kill(key))
+
+    def stalled(self, seconds: float) -> None:
+        """Whoever drives the ledger has slept so long, and could hear nobody: no term ran on."""
+        for client in self.clients.values():
+            client.expires += seconds
+        for arena in self.arenas.values():
+            if arena.deadline is not None:
+                arena.deadline += seconds
+        for found in self.ranges.values():
+            if found.deadline is not None:
+                found.deadline += seconds
+        self._rebuilding_until += seconds
 
     def next_tick(self) -> float | None:
         """When `tick` has something to do, by the ledger's clock; None: nothing foreseen."""

@@ -208,7 +208,7 @@ class Refused:
       reason: "room" (there isn't so much, or not in so few pieces) or "quota".
       free: bytes that could be granted to it.
       longest: the longest of them in one piece.
-      cleaning: whether memory is being zeroed that may be enough soon.
+      cleaning: whether what is there would be enough once all of it has been zeroed.
     """
 
     reason: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from aqua_jax.coordinator.books import Books
@@ -96,6 +97,17 @@ class Recovery(Books):
             raise LedgerError("lent", list(lent), f"all that is lent ({error})") from error
         self._events += [Returned(key, number, start, end) for start, end in rest]
 
+    def keep_only(self, key: int, arenas: Iterable[int]) -> None:
+        """A producer that has connected again names all that it lends; it knows of no other arena.
+
+        Others are those it was never told the ids of.
+        """
+        self._client(key)
+        named = set(arenas)
+        for arena in [a for a in self.arenas.values() if a.producer == key]:
+            if arena.id not in named:
+                self._drop(arena)
+
     def _rebuilt(
         self, number: int, terms: ArenaTerms, entry: Entry, dirty: Intervals
     ) -> Range:
@@ -133,6 +145,7 @@ class Recovery(Books):
         if len(told) < len(claims):
             raise LedgerError("claims", len(claims), "each generation once")
         for claim in claims:
+            self._checked(claim)
             found = self.ranges.get(claim.generation)
             if found is None:
                 continue
@@ -140,7 +153,6 @@ class Recovery(Books):
                 raise LedgerError("generation", claim.generation, "that of a range of one's own")
             if not all(found.held.contains(*span) for span in claim.held):
                 raise LedgerError("held", claim.held, f"what is held: {list(found.held)}")
-            self._checked(claim)
         for found in self._of(key):
             if found.generation in told:
                 self._shrink(found, told[found.generation])
@@ -158,6 +170,29 @@ class Recovery(Books):
         for found in self._of(key):
             if found.wanted:  # it may not have been told
                 self._events.append(Revoke(key, found.generation, found.keep, found.deadline))
+
+    def _waits(self, key: int, generation: int, span: Span | None) -> bool:
+        """Whether a range is claimed whose producer hasn't come back: then the claim shrinks.
+
+        Args:
+          key: the owner's.
+          generation: the range's.
+          span: what it gives back; None: all.
+
+        Raises:
+          LedgerError: it hasn't claimed that.
+        """
+        claim = self._claims.get((key, whole("generation", generation, 0, 2**64 - 1)))
+        if claim is None:
+            return False
+        held = self._checked(claim)
+        try:
+            for start, end in list(held) if span is None else [span]:
+                held.remove(start, end)
+        except StoreError as error:
+            raise LedgerError("start", span, f"what was claimed ({error})") from error
+        self._claims[key, generation] = dataclasses.replace(claim, held=tuple(held))
+        return True
 
     @staticmethod
     def _checked(claim: Claim) -> Intervals:

@@ -38,6 +38,30 @@ def address_of(path: str) -> bytes:
     return b"\0" + bare if raw.startswith(b"@") else raw
 
 
+def door_of(path: str) -> str:
+    """Where the coordinator at `path` takes and gives descriptors: beside it."""
+    return f"{path}.fd"
+
+
+def target_of(path: str) -> str:
+    """`path` as gRPC writes it."""
+    if path.startswith("@"):
+        return f"unix-abstract:{path[1:]}"
+    return f"unix:{os.path.abspath(path)}"
+
+
+def remove_stale(path: str, kind: int = socket.SOCK_STREAM) -> None:
+    """Removes a socket file that nobody listens on.
+
+    Raises:
+      ConfigError: somebody does, or it is something else.
+    """
+    if not path.startswith("@"):
+        with _directory_lock(path):
+            if _is_stale(path, kind):
+                os.unlink(path)
+
+
 @contextlib.contextmanager
 def _directory_lock(path: str) -> Iterator[None]:
     """One process at a time judges whether a socket file is stale; leaves nothing behind."""
@@ -63,7 +87,7 @@ def _directory_lock(path: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _is_stale(path: str) -> bool:
+def _is_stale(path: str, kind: int = socket.SOCK_STREAM) -> bool:
     """Whether a socket file lies at `path` that nobody listens on.
 
     Raises:
@@ -75,7 +99,7 @@ def _is_stale(path: str) -> bool:
         return False
     if not stat.S_ISSOCK(mode):
         raise ConfigError("listen", path, "a path where there is no file")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
@@ -94,12 +118,18 @@ class Listener:
     refused with `ConfigError`.
     """
 
-    def __init__(self, path: str, backlog: int = 64) -> None:
-        self.path = path
+    def __init__(self, path: str, backlog: int = 64, kind: int = socket.SOCK_STREAM) -> None:
+        """
+        Args:
+          path: where, or @name.
+          backlog: connections that may wait.
+          kind: SOCK_STREAM, or SOCK_SEQPACKET for sockets that keep messages apart.
+        """
+        self.path, self._kind = path, kind
         self._identity: tuple[int, int] | None = None
         address = address_of(path)
         self.socket = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         )
         try:
             # The file takes its mode from the socket: no moment in which others could connect.
@@ -118,7 +148,7 @@ class Listener:
 
     def _bind_file(self, backlog: int) -> None:
         with _directory_lock(self.path):
-            if _is_stale(self.path):
+            if _is_stale(self.path, self._kind):
                 os.unlink(self.path)
             self.socket.bind(self.path)
             self.socket.listen(backlog)
@@ -136,7 +166,7 @@ class Listener:
         self.socket.close()
 
 
-def connect(path: str, timeout_s: float) -> socket.socket:
+def connect(path: str, timeout_s: float, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A connected socket with a timeout.
 
     Raises:
@@ -144,7 +174,7 @@ def connect(path: str, timeout_s: float) -> socket.socket:
       ConfigError: no possible path.
     """
     address = address_of(path)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     connection.settimeout(timeout_s)
     end = time.monotonic() + timeout_s
     while True:
@@ -197,6 +227,17 @@ def peer_of(connection: socket.socket) -> tuple[int, int, int]:
         if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
             raise
     return pid, user, os.pidfd_open(pid)
+
+
+def started(pid: int) -> int:
+    """When a process started, in ticks since the system did: with its id, a name for ever.
+
+    Raises:
+      OSError: it is gone, or can't be seen from here.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        # The second field, the command's name, may contain anything.
+        return int(file.read().rpartition(b")")[2].split()[19])
 
 
 def has_exited(pidfd: int) -> bool:

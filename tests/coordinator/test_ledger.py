@@ -243,7 +243,8 @@ class LedgerMachine(RuleBasedStateMachine):
             del process.mapped[generation]
         if not process.connected:
             return
-        if mapped.lost and mapped.arena not in self.world.ledger.arenas:
+        waits = (key, generation) in self.world.ledger._claims
+        if mapped.arena not in self.world.ledger.arenas and not waits:
             with self._refuses():
                 self.world.ledger.give_back(key, generation, start, end)
             return

@@ -256,6 +256,25 @@ def test_claims_wait_for_the_lender_for_a_term():
     assert case.ledger.ranges[found.generation].held.total == 3 * PAGE
 
 
+def test_what_is_given_back_while_the_lender_is_away_is_not_held_afterwards():
+    case = Case(8)
+    one, two = case.borrow(ONE, 3), case.borrow(ONE, 2)
+    entries = restarted(case)
+    case.ledger.join(ONE, identity=(ONE, ONE))
+    case.ledger.claim(ONE, [
+        Claim(one.generation, case.arena, ((0, 3 * PAGE),)),
+        Claim(two.generation, case.arena, ((3 * PAGE, 5 * PAGE),)),
+    ])
+    case.ledger.give_back(ONE, one.generation, PAGE, 2 * PAGE)
+    with pytest.raises(LedgerError):
+        case.ledger.give_back(ONE, one.generation, PAGE, 2 * PAGE)
+    case.ledger.give_up(ONE, two.generation)
+    case.ledger.restore(LENDER, case.arena, ArenaTerms(8 * PAGE), [(0, 8 * PAGE)], entries)
+    assert {g: list(r.held) for g, r in case.ledger.ranges.items()} == {
+        one.generation: [(0, PAGE), (2 * PAGE, 3 * PAGE)]
+    }
+
+
 def test_a_lender_that_does_not_come_back_in_time_is_lost_and_so_are_its_loans():
     case = Case(8)
     found = case.borrow(ONE, 3)

@@ -9,7 +9,8 @@ import tomllib
 from tests.packaging.test_architecture import ROOT, imported_names, modules
 
 # Distribution name -> the name it is imported by, where they differ.
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "grpcio": "grpc",
+                "protobuf": "google"}
 # Used without an import statement of ours.
 NOT_IMPORTED = {
     "jaxlib",  # jax's own; its version is pinned beside it
@@ -40,6 +41,7 @@ def test_every_import_is_declared() -> None:
     # What only one command needs comes with an extra.
     extras = project()["optional-dependencies"]
     lines = project()["dependencies"] + extras["plots"] + extras["serve"] + extras["top"]
+    lines += extras["coordinator"]
     declared = {name_of(line) for line in lines}
     names = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in declared}
     assert imported_tops() <= names, f"imported, not declared: {imported_tops() - names}"

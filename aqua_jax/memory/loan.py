@@ -1,0 +1,195 @@
+"""Leases and lent arenas as clients of a coordinator have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Protocol
+
+from aqua_jax.coordinator.intervals import Intervals
+from aqua_jax.coordinator.records import ArenaTerms, Span
+from aqua_jax.errors import StaleHandleError
+from aqua_jax.memory.arena import Arena
+from aqua_jax.memory.lease import Lease
+
+
+class Loan(Lease):
+    """A lease granted by a coordinator: as `Lease`, and where it is from.
+
+    `alive` stays true while only the coordinator is away; it becomes false when the lender is gone.
+
+    Attributes:
+      lease: the coordinator's id of the request's answer; a request may have been answered with
+        several loans.
+      arena: the id of the arena it is in.
+      terms: the arena's.
+      lender: its lender's name.
+    """
+
+    def __init__(
+        self, arena: Arena, generation: int, release: Callable[[Lease, int, int], None],
+        closed: Callable[[Lease], None], *, lease: int, number: int, terms: ArenaTerms,
+        lender: str,
+    ) -> None:
+        """As `Lease`; the rest are the attributes."""
+        super().__init__(arena, generation, release, closed)
+        self.lease, self.arena, self.terms, self.lender = lease, number, terms, lender
+
+    @property
+    def bandwidth_cap(self) -> int:
+        """Bytes/s that its holder's pager keeps to; 0: no limit."""
+        return self.terms.cap
+
+
+@dataclasses.dataclass
+class Held:
+    """What a client knows of a range, from the grant to the last byte.
+
+    Attributes:
+      arena: its id.
+      offset: where it starts in the arena.
+      held: what hasn't been given back, in the arena's offsets.
+      loan: None until it is mapped.
+      keep: bytes that may be kept, if that has been said.
+      deadline: by which the rest is wanted; `time.monotonic()`.
+      lost: its lender is gone.
+    """
+
+    arena: int
+    offset: int
+    held: Intervals
+    loan: Loan | None = None
+    keep: int | None = None
+    deadline: float | None = None
+    lost: bool = False
+
+    def show(self) -> None:
+        """Brings the loan's flags up to date."""
+        if self.loan is None:
+            return
+        if self.keep is not None:
+            # The deadline first: whoever sees something wanted finds it set.
+            self.loan.deadline, self.loan.keep = self.deadline, self.keep
+        if self.lost:
+            self.loan.alive = False
+
+
+class LendingOwner(Protocol):
+    """Who does what a `Lending` is told to."""
+
+    def lend_more(self, lending: Lending, start: int, end: int) -> None:
+        """Lends [start, end) as well."""
+
+    def reclaim(self, lending: Lending, limit: int, deadline_s: float) -> int:
+        """Wants to lend at most `limit` bytes."""
+
+    def resize(self, lending: Lending, limit: int) -> int:
+        """Lends at most `limit` bytes, if that takes nothing from borrowers."""
+
+    def take_away(self, lending: Lending) -> None:
+        """Lends nothing of it any more; everything has come back."""
+
+
+class Lending:
+    """An arena that is lent through a coordinator, as its owner has it.
+
+    Attributes:
+      id: the coordinator's name for it.
+      arena: the memory; the caller's.
+      terms: what was said of it.
+      news: whether `take_returned` has something. A plain attribute, for loops.
+      alive: false once the coordinator refused it, or it was closed.
+    """
+
+    def __init__(
+        self, owner: LendingOwner, arena: Arena, terms: ArenaTerms, lent: Iterable[Span]
+    ) -> None:
+        """Use `Client.lend`."""
+        self._owner = owner
+        self.id = 0
+        self.arena, self.terms = arena, terms
+        self.news = False
+        self.alive = True
+        self.journal = -1  # a descriptor that only the next coordinator reads
+        self.out = Intervals(lent)  # not ours now; under the client's lock
+        self.wish: tuple[int, float] | None = None  # limit and seconds, until it is fulfilled
+        self._returned: list[Span] = []
+
+    @property
+    def lent(self) -> int:
+        """Bytes that aren't the owner's now."""
+        return self.out.total
+
+    def lend(self, start: int, size: int) -> None:
+        """Lends `size` bytes at `start` as well, whole pages that are the owner's now.
+
+        What it holds is zeroed before anybody borrows it. While the coordinator is away it is lent
+        later, or comes back.
+
+        Raises:
+          LedgerError: it is lent already, or isn't in the arena. Nothing changes.
+          StaleHandleError: closed.
+        """
+        self._check()
+        self._owner.lend_more(self, start, start + size)
+
+    def reclaim(self, limit: int = 0, deadline_s: float = 10.0) -> int:
+        """Wants to lend at most `limit` bytes; what is above comes through `take_returned`.
+
+        Args:
+          limit: bytes. Higher than before takes back what was wished.
+          deadline_s: seconds that borrowers have.
+
+        Returns:
+          Bytes still to come. While the coordinator is away: all that are above the limit.
+
+        Raises:
+          LedgerError: numbers that can't be.
+        """
+        self._check()
+        return self._owner.reclaim(self, limit, deadline_s)
+
+    def resize(self, limit: int) -> int:
+        """As `reclaim`, but takes only what nobody has borrowed.
+
+        Raises:
+          LedgerError: that isn't enough. Nothing changes.
+          CoordinatorError: no answer.
+        """
+        self._check()
+        return self._owner.resize(self, limit)
+
+    def came_back(self, start: int, end: int) -> None:
+        """For the client: [start, end) is the owner's again."""
+        self.out.remove(start, end)
+        if self.wish is not None and self.lent <= self.wish[0]:
+            self.wish = None
+        self._returned.append((start, end))
+        self.news = True
+
+    def take_returned(self) -> list[Span]:
+        """[start, end) of the arena that are the owner's again, each once."""
+        self.news = False  # before taking: what comes in between is seen next time
+        count = len(self._returned)
+        spans, self._returned[:count] = self._returned[:count], []
+        return spans
+
+    def _check(self) -> None:
+        if not self.alive:
+            raise StaleHandleError(f"arena {self.id} isn't lent any more")
+
+    def close(self) -> None:
+        """Lends it no more. All of it must have come back, or its borrowers lose it; repeatable."""
+        if self.alive:
+            self.alive = False
+            self._owner.take_away(self)
+
+    def __enter__(self) -> Lending:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
