@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aqua_jax.memory.borrower import Borrower
+    from aqua_jax.memory.informer import Informer, InformerConfig, Load
     from aqua_jax.memory.lender import Lender
     from aqua_jax.memory.policies import Dynamic, Policy, Static, TierView
     from aqua_jax.memory.tensor import Aqua, AquaTensor
@@ -19,7 +20,10 @@ _HOMES = {
     "AquaTensor": "tensor",
     "Borrower": "borrower",
     "Dynamic": "policies",
+    "Informer": "informer",
+    "InformerConfig": "informer",
     "Lender": "lender",
+    "Load": "informer",
     "Policy": "policies",
     "Static": "policies",
     "TierView": "policies",
@@ -30,7 +34,10 @@ __all__ = [
     "AquaTensor",
     "Borrower",
     "Dynamic",
+    "Informer",
+    "InformerConfig",
     "Lender",
+    "Load",
     "Policy",
     "Static",
     "TierView",
