@@ -79,6 +79,7 @@ def define(flags: FlagSet) -> None:
         flags.integer("max_num_seqs", 256, "Most sequences in one step.", 1)
         flags.integer("max_step_tokens", 2048, "Most tokens in one step.", 1)
         flags.integer("max_model_len", 16384, "Longest prompt and answer; longer ones are cut.", 2)
+        flags.switch("prefix_caching", True, "As for `aqua-jax bench`.")
         flags.number("tbt_slo_ms", 0.0, "As for `aqua-jax bench`.", 0.0, 1e6)
     with flags.group("Output"):
         flags.number("goodput_ttft_ms", 1000.0, "As for `aqua-jax bench`.", 0.0, 1e9)
@@ -114,7 +115,8 @@ def _run(flags: FlagSet) -> int:
     system = _system(flags)
     contestants = setups.expand(flags.policies.split(","), _integers(flags, "slices"))
     limits = setups.Limits(
-        flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len, flags.tbt_slo_ms / 1e3
+        flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len, flags.tbt_slo_ms / 1e3,
+        flags.prefix_caching,
     )
     points: dict[str, dict[str, dict[str, float]]] = {}
     outcomes: dict[str, Any] = {}

@@ -128,6 +128,8 @@ def limits_of(scheduler: Scheduler) -> dict[str, Any]:
         "config": dataclasses.asdict(scheduler.config),
         "num_pages": scheduler.pool.num_pages,
         "page_tokens": scheduler.pool.page_tokens,
+        # Which cached page is lost first is the pool's own affair, but plans depend on it.
+        "evicts": type(vars(scheduler.pool)["_evictable"]).__name__,
         "prefix_caching": scheduler.prefix is not None,
         "stores": [[s.name, s.capacity, s.slot_bytes] for s in stores],
         "verify": scheduler.residency is not None and scheduler.residency.verify,

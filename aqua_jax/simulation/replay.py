@@ -19,7 +19,7 @@ from typing import Any
 
 from aqua_jax.errors import SimulationError
 from aqua_jax.paging.moves import Move, Store
-from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.cost import CostConfig, Costs
@@ -31,6 +31,7 @@ from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.sequence import Sequence as Request
 from aqua_jax.simulation.stores import SlotStore
 
+_EVICTABLE = (FarthestNextUse, LeastRecentlyUsed)
 _OWN = 1 << 40  # token ids of a request's own from here on
 
 
@@ -51,7 +52,8 @@ class Replayed:
 
 def build_scheduler(limits: dict[str, Any], policy: Policy) -> Scheduler:
     """A scheduler of the sizes that `scheduling.recording.limits_of` wrote down."""
-    pool = PagePool(limits["num_pages"], limits["page_tokens"])
+    evictable = next(e for e in _EVICTABLE if e.__name__ == limits["evicts"])()
+    pool = PagePool(limits["num_pages"], limits["page_tokens"], evictable)
     stores: list[Store] = [SlotStore(*store) for store in limits["stores"]]
     return Scheduler(
         SchedulerConfig(**limits["config"]), policy, pool,

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from aqua_jax.errors import ConfigError
-from aqua_jax.paging.pages import FarthestNextUse, PagePool
+from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
+from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.cost import CostConfig, Costs
 from aqua_jax.scheduling.fair import Fair, FairConfig
@@ -31,6 +32,7 @@ from aqua_jax.simulation.vtc import VirtualTokenCounter
 NAMES = (*POLICIES, "vllm", "vtc", "aqua_reference")
 SLICED = ("fair", "aqua_reference")
 _RECOMPUTING = ("fcfs", "vllm", "vtc")
+_MAX_MOVES = 1024  # of a step, as the engine has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +93,14 @@ class Limits:
     Attributes:
       max_num_seqs, max_step_tokens, max_model_len: of `SchedulerConfig`.
       tbt_slo_s: of `SliceConfig`.
+      prefix_caching: full pages are found by their content, as in the engine.
     """
 
     max_num_seqs: int = 256
     max_step_tokens: int = 2048
     max_model_len: int = 4096
     tbt_slo_s: float = 0.0
+    prefix_caching: bool = True
 
 
 def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, CopyQueue]:
@@ -109,7 +113,8 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
     if stores is None and setup.policy in _RECOMPUTING:
         stores = ()
     system = system if stores is None else system.with_links(stores)
-    pool = PagePool(system.num_pages, system.page_tokens, FarthestNextUse())
+    evictable = FarthestNextUse() if system.links else LeastRecentlyUsed()  # as the engine
+    pool = PagePool(system.num_pages, system.page_tokens, evictable)
     limited = min(limits.max_model_len, system.num_pages * system.page_tokens)
     queue = CopyQueue(system.links, system.page_tokens)
     if setup.policy == "aqua_reference":
@@ -117,12 +122,15 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
         steps = SLICE_STEPS if setup.slice_steps is None else setup.slice_steps or sys.maxsize
         return AquaReference(config, pool, make_stores(system), steps), queue
     growth = {"growth_tokens": 0} if setup.policy == "vllm" else {}
-    config = SchedulerConfig(limits.max_num_seqs, limits.max_step_tokens, limited, **growth)
+    config = SchedulerConfig(
+        limits.max_num_seqs, limits.max_step_tokens, limited, max_moves=_MAX_MOVES, **growth
+    )
     stores_here = make_stores(system)
     residency = Residency(pool, stores_here) if stores_here else None
     costs = Costs(system.page_tokens, CostConfig(interference=system.interference))
     policy = make_policy(setup, limits)
-    return Scheduler(config, policy, pool, residency=residency, costs=costs), queue
+    prefix = PrefixCache(pool) if limits.prefix_caching else None
+    return Scheduler(config, policy, pool, prefix, residency, costs), queue
 
 
 def make_stores(system: System) -> list[SlotStore]:

