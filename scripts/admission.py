@@ -14,23 +14,24 @@ With `--policies` it compares policies instead, with giving way by recomputation
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import functools
 import random
 from collections.abc import Callable
 from typing import Literal
 
+from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.scheduling.fair import Fair, FairConfig
-from aqua_jax.scheduling.plan import Plan
 from aqua_jax.scheduling.policies import FirstComeFirstServed, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
-from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slices import SliceConfig
+from aqua_jax.simulation.cost import Line
+from aqua_jax.simulation.report import figures
+from aqua_jax.simulation.simulator import Simulator
 
-STEP_S, DECODE_S, PROMPT_S = 8e-3, 0.5e-3, 0.26e-3
+COST = Line(step_s=8e-3, prefill_token_s=0.26e-3, decode_s=0.5e-3)
 PAGE_TOKENS = 16
 
 
@@ -69,11 +70,6 @@ BURSTS = (
 )
 
 
-def _seconds(plan: Plan) -> float:
-    decodes = sum(chunk.count == 1 for chunk in plan.chunks)
-    return STEP_S + DECODE_S * decodes + PROMPT_S * (plan.num_tokens - decodes)
-
-
 def fair(slice_steps: int | Literal["auto"], recompute_share: float = 0.2) -> Fair:
     """The policy with slices of so many steps; the share matters when they are automatic."""
     return Fair(FairConfig(SliceConfig(slice_steps, recompute_share=recompute_share)))
@@ -89,51 +85,25 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 def simulate(
     burst: Burst, growth_tokens: int, policy: Callable[[], Policy] = FirstComeFirstServed
 ) -> Outcome:
-    """Runs a burst to its end, one step ahead of the tokens as the engine does."""
+    """Runs a burst to its end."""
     rng = random.Random(0)
     num_pages = burst.resident * (burst.prompt + burst.output) // PAGE_TOKENS
     pool = PagePool(num_pages, PAGE_TOKENS)
     config = SchedulerConfig(64, 1024, num_pages * PAGE_TOKENS, growth_tokens=growth_tokens)
     scheduler = Scheduler(config, policy(), pool, PrefixCache(pool))
-    ends: dict[Sequence, int] = {}
-    for index in range(burst.requests):
+    requests, limits = [], []
+    for _ in range(burst.requests):
         prompt, output = (
             int(mean * rng.uniform(1 - burst.spread, 1 + burst.spread))
             for mean in (burst.prompt, burst.output)
         )
-        tokens = [rng.randrange(32_000) for _ in range(prompt)]
-        sequence = Sequence(index, str(index), tokens, prompt + output)
-        ends[sequence] = prompt + max(1, int(output * rng.uniform(burst.earliest_stop, 1)))
-        scheduler.add(sequence)
-    clock, output_tokens, longest = 0.0, 0, 0.0
-    first: list[float] = []
-    latest: dict[Sequence, float] = {}
-    pending: collections.deque[Plan] = collections.deque()
-    while scheduler.num_live:
-        plan = scheduler.plan(clock)
-        if plan is not None:
-            pending.append(plan)
-            if len(pending) == 1:
-                continue
-        done = pending.popleft()
-        clock += _seconds(done)
-        for chunk in done.chunks:
-            sequence = chunk.sequence
-            if not chunk.sample or sequence.status is Status.FINISHED:
-                continue
-            scheduler.accept(sequence, rng.randrange(32_000))
-            output_tokens += 1
-            if sequence in latest:
-                longest = max(longest, clock - latest[sequence])
-            else:
-                first.append(clock)
-            latest[sequence] = clock
-            if len(sequence.tokens) >= ends[sequence]:
-                scheduler.finish(sequence)
-    counters = scheduler.counters
+        ends = max(1, int(output * rng.uniform(burst.earliest_stop, 1)))
+        requests.append(TraceRequest(0.0, prompt, ends))
+        limits.append(output)
+    shown = figures(Simulator(scheduler, COST, requests, max_tokens=limits).run())
     return Outcome(
-        output_tokens / clock, sorted(first)[int(0.99 * len(first))], longest,
-        counters.preemptions, counters.recomputed_tokens, counters.tokens,
+        shown["output_tok_s"], shown["ttft_p99_s"], shown["worst_gap_s"],
+        int(shown["preemptions"]), int(shown["recomputed_tokens"]), int(shown["computed_tokens"]),
     )
 
 

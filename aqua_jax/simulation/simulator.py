@@ -124,7 +124,7 @@ class Simulator:
     def __init__(
         self, scheduler: SchedulerLike, cost: StepCost, requests: Sequence_[TraceRequest], *,
         queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int | None = None,
-        observer: Observer | None = None,
+        max_tokens: Sequence_[int] | None = None, observer: Observer | None = None,
     ) -> None:
         """
         Args:
@@ -135,6 +135,8 @@ class Simulator:
           host_s: the host's work per step.
           run_ahead: steps dispatched beyond the one waited for; None: what the scheduler says,
             or as the engine.
+          max_tokens: of each request, where its output is to end earlier than it might; None: it
+            goes on to its limit.
           observer: told about every plan.
         """
         self._scheduler = scheduler
@@ -152,6 +154,7 @@ class Simulator:
             run_ahead = getattr(scheduler, "run_ahead", RUN_AHEAD)
         self._run_ahead = run_ahead
         self._observer = observer
+        self._max_tokens = [one.output for one in requests] if max_tokens is None else max_tokens
         self._served = [Served(request, request.arrival_s) for request in requests]
         self._clock = 0.0
         self._device_free = 0.0
@@ -194,7 +197,7 @@ class Simulator:
             sequence = Sequence(
                 seq_id=self._sent, request_id=str(self._sent),
                 tokens=prompt_of(request, self._sent),
-                max_total_tokens=request.prompt + request.output, arrival=one.due,
+                max_total_tokens=request.prompt + self._max_tokens[self._sent], arrival=one.due,
                 priority=request.priority, user=request.user, weight=request.weight,
             )
             self._scheduler.add(sequence)
@@ -250,7 +253,7 @@ class Simulator:
             self._started += not one.tokens
             one.tokens.append(clock)
             one.steps.append(self._taken)
-            if len(sequence.tokens) >= sequence.max_total_tokens:
+            if len(one.tokens) >= one.request.output:
                 scheduler.finish(sequence)
                 self._finished += 1
                 del self._by_sequence[sequence]

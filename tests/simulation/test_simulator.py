@@ -43,6 +43,13 @@ def test_a_request_alone() -> None:
     assert outcome.counters.tokens == 10 + 3
 
 
+def test_an_end_that_nobody_foresaw_is_found_a_step_late() -> None:
+    requests = [TraceRequest(0.0, 10, 3)]
+    outcome = Simulator(scheduler(), STEP, requests, max_tokens=[9]).run()
+    assert outcome.run.served[0].tokens == [1.0, 2.0, 3.0]
+    assert outcome.steps == 4, "the step after the last token was dispatched before it came"
+
+
 def test_long_prompts_take_several_steps() -> None:
     outcome = simulate([TraceRequest(0.0, 130, 2)])  # 64 + 64 + 2
     assert outcome.run.served[0].tokens == [3.0, 4.0]
