@@ -36,7 +36,8 @@ struct Pieces {
 
 // Copies; all addresses are the device's.
 cudaError_t copy_pieces(const Pieces& pieces, cudaStream_t stream);
-// The same, and writes each piece's checksum (../cpu/moves_copy.h) to sums[i].
+// The same, and writes each piece's checksum (../cpu/moves_copy.h) to sums[i]; with `to` null, only
+// that.
 cudaError_t copy_checked(const Pieces& pieces, uint64_t* sums, cudaStream_t stream);
 // Writes `head` (3 words), then `words` words of moves, to `out`, which the host can read.
 cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t words, int32_t* out,

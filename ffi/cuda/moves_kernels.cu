@@ -94,21 +94,21 @@ __global__ __launch_bounds__(kCheckThreads) void copy_checked_kernel(Pieces all,
   const auto store = [&](int64_t tile) {
     if (tile >= count) return;
     unsigned char* here = tiles + (tile & 1) * kTile;
-    char* to = piece.to + start_of(tile);
+    char* to = piece.to == nullptr ? nullptr : piece.to + start_of(tile);
     const int bytes = bytes_of(tile);
     if (wide) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = thread + i * kCheckThreads;
         reinterpret_cast<Vec16*>(here)[at] = kept[i];
-        if (at < bytes / 16) reinterpret_cast<Vec16*>(to)[at] = kept[i];
+        if (at < bytes / 16 && to != nullptr) reinterpret_cast<Vec16*>(to)[at] = kept[i];
       }
     } else {
       const char* from = piece.from + start_of(tile);
       for (int at = thread; at < kTile; at += kCheckThreads) {
         const char byte = at < bytes ? from[at] : 0;
         here[at] = static_cast<unsigned char>(byte);
-        if (at < bytes) to[at] = byte;
+        if (at < bytes && to != nullptr) to[at] = byte;
       }
     }
   };

@@ -29,7 +29,7 @@ def sources() -> list[pathlib.Path]:
     """What is compiled."""
     emulation = FFI / "tests" / "cuda_emulation"
     cuda = [p for p in (FFI / "cuda").iterdir() if p.suffix in (".cc", ".cu")]
-    needs_driver = {FFI / "cuda" / name for name in ("arena.cc", "topology.cc")}
+    needs_driver = {FFI / "cuda" / name for name in ("arena.cc", "driver.cc", "topology.cc")}
     return sorted({*cuda, *emulation.glob("*.cc"), FFI / "cpu" / "moves_api.cc"} - needs_driver)
 
 

@@ -32,13 +32,24 @@ FUNCTIONS = (
     "AquaAttention", "AquaCopyPages", "AquaEnqueueMoves", "aqua_attention_workspace",
     "aqua_segment_register", "aqua_segment_retire", "aqua_pool_register", "aqua_pool_close",
     "aqua_moves_poll", "aqua_moves_drain", "aqua_moves_stop", "aqua_moves_set_delay",
-    "aqua_moves_counters", "aqua_moves_set_device",
+    "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create", "aqua_arena_import",
+    "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum", "aqua_arena_topology",
 )
 LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
 LOAD = """
 import ctypes, sys
 handle = ctypes.CDLL(sys.argv[1])
 assert all(hasattr(handle, name) for name in sys.argv[2:])
+"""
+ARENAS = """
+from aqua_jax.errors import ArenaError
+from aqua_jax.ops.device_arena import DeviceArena, link
+for what in (lambda: DeviceArena.create(1 << 20), lambda: DeviceArena.map(0, 1 << 20),
+             lambda: link(0, 0), lambda: link(0, 1)):
+    try:
+        print("no error", what())
+    except ArenaError as error:
+        print(error)
 """
 
 
@@ -81,6 +92,16 @@ def test_it_loads_without_a_driver():
         ["readelf", "--dynamic", str(LIBRARY)], capture_output=True, text=True, check=True
     ).stdout
     assert not re.search(r"NEEDED.*(libcuda|libnv|libstdc)", needed), needed
+
+
+def test_arenas_say_that_there_is_no_gpu():
+    done = subprocess.run(
+        [sys.executable, "-c", ARENAS], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}, check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(re.search(r"GPUs? .*: .*CUDA", line) for line in lines), done.stdout
 
 
 def test_it_is_what_operations_use_on_cuda(for_cuda):

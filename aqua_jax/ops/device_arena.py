@@ -1,0 +1,164 @@
+"""Memory of a GPU that other processes can map, outside XLA's allocator.
+
+One process makes an arena and sends its descriptor (over a Unix socket, SCM_RIGHTS); another maps
+it for its own GPU, which may be the same or one that reaches it over NVLink or PCIe. Pages are
+moved there as to host memory: `Segment(arena.buffer())`. Physical memory stays while anybody has
+it mapped, so a lender's death takes nothing away from under a copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from types import TracebackType
+
+from aqua_jax.errors import ArenaError
+from aqua_jax.ops import library
+
+
+@functools.cache
+def _native() -> ctypes.CDLL:
+    with library.lowering_for("cuda"):
+        native = library.symbols()
+        if native is None:
+            raise ArenaError(f"memory of GPUs can't be lent: {library.reason()}")
+    i32, i64, u64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+    out_u64 = ctypes.POINTER(u64)
+    for name, result, arguments in (
+        ("aqua_arena_error", ctypes.c_char_p, []),
+        ("aqua_arena_create", i64, [i32, u64, out_u64, out_u64, ctypes.POINTER(i32)]),
+        ("aqua_arena_import", i64, [i32, i32, u64, out_u64]),
+        ("aqua_arena_close", i32, [i64]),
+        ("aqua_arena_scrub", i32, [i64, u64, u64]),
+        ("aqua_arena_checksum", i32, [i64, u64, u64, out_u64]),
+        ("aqua_arena_topology", i32, [i32, i32, ctypes.POINTER(i64)]),
+    ):
+        function = getattr(native, name)
+        function.restype, function.argtypes = result, arguments
+    return native
+
+
+def _require(done: int, what: str) -> int:
+    if not done:
+        raise ArenaError(f"{what}: {_native().aqua_arena_error().decode()}")
+    return done
+
+
+class DeviceArena:
+    """A range of GPU memory, made here (`create`) or by another process (`map`).
+
+    Attributes:
+      device: ordinal of the GPU that uses it here.
+      nbytes: its size.
+      address: where that GPU sees it in this process.
+      fd: a descriptor of it, -1 for one that was mapped. The caller's: send it, then close it.
+    """
+
+    def __init__(self, identity: int, device: int, nbytes: int, address: int, fd: int):
+        """Not to be called: see `create` and `map`."""
+        self._id, self.device, self.nbytes, self.address, self.fd = (
+            identity, device, nbytes, address, fd
+        )
+
+    @classmethod
+    def create(cls, nbytes: int, device: int = 0) -> DeviceArena:
+        """Allocates at least `nbytes` on `device`, filled with zeros.
+
+        Raises:
+          ArenaError: there is no driver or not so much memory.
+        """
+        size, address, fd = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_int32(-1)
+        identity = _require(
+            _native().aqua_arena_create(device, nbytes, size, address, fd),
+            f"an arena of {nbytes} bytes on GPU {device}",
+        )
+        return cls(identity, device, size.value, address.value, fd.value)
+
+    @classmethod
+    def map(cls, fd: int, nbytes: int, device: int = 0) -> DeviceArena:
+        """Maps another process's arena for `device`; the descriptor stays the caller's.
+
+        Args:
+          fd: a descriptor of it.
+          nbytes: its `nbytes` there.
+          device: ordinal of the GPU that will use it.
+
+        Raises:
+          ArenaError: the descriptor is no arena's, or `device` can't reach the GPU it is on.
+        """
+        address = ctypes.c_uint64()
+        identity = _require(
+            _native().aqua_arena_import(device, fd, nbytes, address),
+            f"mapping an arena of {nbytes} bytes for GPU {device}",
+        )
+        return cls(identity, device, nbytes, address.value, -1)
+
+    def buffer(self) -> ctypes.Array[ctypes.c_uint8]:
+        """For `Segment`: stands for the memory, which the host can't read or write."""
+        self._check()
+        return (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+
+    def scrub(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Overwrites a range (None: to the end) with zeros, and waits.
+
+        Raises:
+          ArenaError: it was closed, or the range lies outside.
+        """
+        length = self.nbytes - offset if nbytes is None else nbytes
+        _require(_native().aqua_arena_scrub(self._id, offset, length), "scrubbing")
+
+    def checksum(self, offset: int, nbytes: int) -> int:
+        """The checksum of a range, as `moves.poll` gives it for a move of these bytes; waits.
+
+        Raises:
+          ArenaError: it was closed, or the range lies outside.
+        """
+        found = ctypes.c_uint64()
+        _require(_native().aqua_arena_checksum(self._id, offset, nbytes, found), "a checksum")
+        return found.value
+
+    def close(self) -> None:
+        """Unmaps it. Segments over it must have been retired. Closing again does nothing."""
+        if self._id:
+            identity, self._id = self._id, 0
+            _require(_native().aqua_arena_close(identity), "closing an arena")
+
+    def _check(self) -> None:
+        if not self._id:
+            raise ArenaError("the arena was closed")
+
+    def __enter__(self) -> DeviceArena:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """How one GPU reaches another's memory.
+
+    Attributes:
+      reaches: whether it can without going through the host.
+      nvlinks: NVLink links in use between them; 0: PCIe, or not known.
+      nominal_mb_s: what such links should do one way, 0 if not known. To rank by, not to rely on.
+    """
+
+    reaches: bool
+    nvlinks: int
+    nominal_mb_s: int
+
+
+def link(device: int, peer: int) -> Link:
+    """How `device` reaches memory of `peer`, from the driver and, if it is there, NVML.
+
+    Raises:
+      ArenaError: there are no such GPUs.
+    """
+    out = (ctypes.c_int64 * 3)()
+    _require(_native().aqua_arena_topology(device, peer, out), f"GPUs {device} and {peer}")
+    return Link(bool(out[0]), out[1], out[2])

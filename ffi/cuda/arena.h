@@ -1,0 +1,41 @@
+// Device memory outside XLA's allocator that other processes can map: CUDA virtual memory exported
+// as POSIX file descriptors, which travel over Unix sockets as those of host arenas do.
+//
+// The physical memory lives as long as somebody has it mapped: a lender that dies takes nothing
+// away from under a copy. Descriptors keep it alive too, and are closed by who got them.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// What went wrong in this thread's last call of this file; empty if nothing did.
+const char* aqua_arena_error();
+
+// Makes an arena of at least `bytes` on `device`, filled with zeros. Returns its id (> 0), or 0.
+// size: its real size, a multiple of the device's granularity. address: where this process sees it.
+// fd: a descriptor to send to borrowers, the caller's to close.
+int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64_t* address,
+                          int32_t* fd);
+
+// Maps another process's arena of `size` bytes for use by `device`, which must be able to reach the
+// GPU it is on. The descriptor stays the caller's. Returns an id (> 0), or 0.
+int64_t aqua_arena_import(int32_t device, int32_t fd, uint64_t size, uint64_t* address);
+
+// Unmaps it. Copies to and from it must have ended (retire its segments first). 1, or 0 if the id
+// is not open or the driver refuses.
+int32_t aqua_arena_close(int64_t id);
+
+// Overwrites a range with zeros, and waits. 1 or 0.
+int32_t aqua_arena_scrub(int64_t id, uint64_t offset, uint64_t bytes);
+
+// The checksum of moves over a range (as one run), and waits. 1 or 0.
+int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_t* sum);
+
+// How `device` reaches memory of `peer`. Returns 1, or 0 on an error.
+//   out[0]: 1 if it can at all (without staging through the host)
+//   out[1]: NVLink links of `device` in use, if the two talk through them; 0: PCIe, or unknown
+//   out[2]: a hint of the bandwidth one way in MB/s from the link's generation, 0 if unknown.
+//           A nominal figure to rank peers by; measure before relying on it.
+int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]);
+}

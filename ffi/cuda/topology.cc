@@ -1,0 +1,109 @@
+// How GPUs reach each other, from the runtime and, if it is there, NVML.
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <string>
+
+#include "arena.h"
+#include "driver.h"
+
+namespace {
+
+// NVML's part that is used here; its library comes with the driver and may be missing.
+using Device = struct NvmlDevice*;
+constexpr int kSuccess = 0, kMostLinks = 18, kP2pNvlink = 2, kP2pOk = 0;
+
+struct Nvml {
+  int (*init)() = nullptr;
+  int (*by_bus)(const char*, Device*) = nullptr;
+  int (*p2p_status)(Device, Device, int, int*) = nullptr;
+  int (*link_state)(Device, unsigned, int*) = nullptr;
+  int (*link_version)(Device, unsigned, unsigned*) = nullptr;
+  int (*pcie_generation)(Device, unsigned*) = nullptr;
+  int (*pcie_width)(Device, unsigned*) = nullptr;
+  bool usable = false;
+};
+
+template <typename Function>
+bool find(void* library, const char* name, Function* out) {
+  *out = reinterpret_cast<Function>(dlsym(library, name));
+  return *out != nullptr;
+}
+
+const Nvml& nvml() {
+  static const Nvml found = [] {
+    Nvml n;
+    void* library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) return n;
+    n.usable = find(library, "nvmlInit_v2", &n.init) &&
+               find(library, "nvmlDeviceGetHandleByPciBusId_v2", &n.by_bus) &&
+               find(library, "nvmlDeviceGetP2PStatus", &n.p2p_status) &&
+               find(library, "nvmlDeviceGetNvLinkState", &n.link_state) &&
+               find(library, "nvmlDeviceGetNvLinkVersion", &n.link_version) &&
+               find(library, "nvmlDeviceGetMaxPcieLinkGeneration", &n.pcie_generation) &&
+               find(library, "nvmlDeviceGetMaxPcieLinkWidth", &n.pcie_width) &&
+               n.init() == kSuccess;
+    return n;
+  }();
+  return found;
+}
+
+bool device_of(int32_t ordinal, Device* out) {
+  char bus[32];
+  return cudaDeviceGetPCIBusId(bus, sizeof(bus), ordinal) == cudaSuccess &&
+         nvml().by_bus(bus, out) == kSuccess;
+}
+
+// MB/s one way of one NVLink of a generation, nominal.
+int64_t link_speed(unsigned version) {
+  if (version >= 5) return 50000;
+  return version >= 2 ? 25000 : 20000;
+}
+
+// The same of a PCIe lane.
+int64_t lane_speed(unsigned generation) {
+  int64_t speed = 250;
+  for (unsigned i = 1; i < generation; ++i) speed *= 2;
+  return speed;
+}
+
+}  // namespace
+
+int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
+  out[0] = out[1] = out[2] = 0;
+  int can = 0, count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && (device < 0 || peer < 0 || device >= count || peer >= count)) {
+    error = cudaErrorInvalidDevice;
+  }
+  if (error == cudaSuccess && device == peer) {
+    out[0] = 1;
+    return 1;
+  }
+  if (error == cudaSuccess) error = cudaDeviceCanAccessPeer(&can, device, peer);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    aqua::cuda::set_arena_error(cudaGetErrorString(error));
+    return 0;
+  }
+  out[0] = can;
+  Device ours, theirs;
+  if (!nvml().usable || !device_of(device, &ours) || !device_of(peer, &theirs)) return 1;
+  int status = -1;
+  if (nvml().p2p_status(ours, theirs, kP2pNvlink, &status) == kSuccess && status == kP2pOk) {
+    for (unsigned link = 0; link < kMostLinks; ++link) {
+      int active = 0;
+      unsigned version = 0;
+      if (nvml().link_state(ours, link, &active) != kSuccess || !active) continue;
+      ++out[1];
+      if (nvml().link_version(ours, link, &version) == kSuccess) out[2] += link_speed(version);
+    }
+  }
+  unsigned generation = 0, width = 0;
+  if (out[1] == 0 && nvml().pcie_generation(ours, &generation) == kSuccess &&
+      nvml().pcie_width(ours, &width) == kSuccess) {
+    out[2] = lane_speed(generation) * width;
+  }
+  return 1;
+}

@@ -1,0 +1,33 @@
+"""The sources of the CUDA handlers, compiled as C++ and run on a CPU thread by thread."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.ops import emulated_cuda
+
+# What the tests of moves have that this leaves out: processes of their own, which know no plugin.
+MOVES = "not test_a_process_ends"
+
+
+@pytest.mark.parametrize(
+    ("path", "chosen", "least"), [("cuda_cases.py", "", 50), ("test_moves.py", MOVES, 17)]
+)
+def test_emulated(path, chosen, least):
+    """In a process of its own: the handlers bear the names of the CPU's."""
+    emulated_cuda.build()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.ops.emulated_cuda",
+         "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=3", "-k", chosen,
+         f"tests/ops/{path}"],
+        cwd=emulated_cuda.ROOT, capture_output=True, text=True, timeout=500,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= least, done.stdout[-1000:]
