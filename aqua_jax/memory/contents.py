@@ -171,6 +171,7 @@ class Contents:
                         fresh.close()
                     self._check_open()
                     segments.adopt(tier, fresh)
+                    self.adopt_arrivals()
                     piece = segments.allocate(tier, size)
             if piece is not None:
                 return piece

@@ -14,10 +14,11 @@ from aqua_jax.memory.sources import LeaseSource
 
 _log = logging.getLogger(__name__)
 
-# After a refusal or no answer, a lender is left alone for so long; in the background, longer with
-# each further one.
+# After a refusal a source is left alone for so long; in the background, longer with each further
+# one. After a question that was waited for in vain, PATIENCE times as long as that took.
 RETRY_S = 1.0
 MOST_RETRY_S = 30.0
+PATIENCE = 10
 
 
 class PeerTier:
@@ -57,11 +58,11 @@ class PeerTier:
         self._thread: threading.Thread | None = None
 
     def grow(self, need: int) -> Segment | None:
-        """Borrows `need` bytes, or as much of them as there is in one piece.
+        """Borrows `need` bytes, or as much of them as there is.
 
         Returns:
-          None when nobody has room, or all have refused within the last RETRY_S, or somebody else
-          is asking at the moment.
+          One segment; further ones are in `arrivals`. None when nobody has room, or all have been
+          asked in vain a moment ago, or somebody else is asking now.
         """
         if not self._asking.acquire(blocking=False):
             return None
@@ -81,16 +82,18 @@ class PeerTier:
         for index, source in enumerate(self._sources):
             if not patient and self._clock() < self._not_before[index]:
                 continue
+            start = self._clock()
             try:
-                lease = source.borrow(size)
+                found = [LeaseSegment(lease) for lease in source.borrow(size)]
+                pause = RETRY_S
             except AquaError as error:
                 _log.info("no memory to borrow: %s", error)
-                lease = None
-            if lease is not None:
-                segment = LeaseSegment(lease)
-                self._leases.append(segment)
-                return segment
-            self._not_before[index] = self._clock() + RETRY_S
+                found, pause = [], max(RETRY_S, PATIENCE * (self._clock() - start))
+            if found:
+                self._leases += found
+                self.arrivals += found[1:]
+                return found[0]
+            self._not_before[index] = self._clock() + pause
         return None
 
     def asked(self) -> bool:

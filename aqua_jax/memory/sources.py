@@ -1,29 +1,35 @@
-"""Where leases come from: a lender's socket now, whatever else answers the same three questions."""
+"""Where leases come from: one lender's socket, or a coordinator's, which knows many lenders."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from socket import SOCK_SEQPACKET
 from typing import Protocol
 
+from aqua_jax.coordinator import sockets
 from aqua_jax.errors import LenderError
+from aqua_jax.memory.arena import PAGE
 from aqua_jax.memory.borrower import Borrower
 from aqua_jax.memory.lease import Lease
 
 # Smaller leases aren't worth a mapping.
 LEAST = 1 << 20
+# Leases that one question to a coordinator may be answered with.
+PIECES = 8
 
 
 class LeaseSource(Protocol):
     """Somebody to borrow from. One call at a time; each may wait for the other side."""
 
-    def borrow(self, size: int) -> Lease | None:
-        """A lease of at most `size` bytes (rounded up to whole pages), as much as can be had.
+    def borrow(self, size: int) -> Sequence[Lease]:
+        """Leases of at most `size` bytes (rounded up to whole pages), as much as can be had.
 
         Returns:
-          None when there is no room worth having.
+          None of them when there is no room worth having.
 
         Raises:
-          LenderError: nobody answers.
+          LenderError, CoordinatorError: nobody answers.
         """
 
     def close(self) -> None:
@@ -52,14 +58,14 @@ class LenderSource:
     def _connect(self) -> Borrower:
         return Borrower(self._path, name=self._name, timeout_s=self._timeout_s)
 
-    def borrow(self, size: int) -> Lease | None:
+    def borrow(self, size: int) -> Sequence[Lease]:
         """A lease of at most `size` bytes, as much as the lender has in one piece.
 
         Raises:
           LenderError: nobody answers.
         """
         if self._closed:
-            return None
+            return ()
         if not self._borrower.alive:
             fresh = self._connect()
             self._former.append(self._borrower)  # its leases are still mapped
@@ -71,9 +77,9 @@ class LenderSource:
         while size >= min(LEAST, room) > 0:
             lease = self._borrower.borrow(size)
             if lease is not None:
-                return lease
+                return (lease,)
             size //= 2
-        return None
+        return ()
 
     def close(self) -> None:
         """Gives every lease back and ends the connection; may be repeated."""
@@ -84,11 +90,52 @@ class LenderSource:
             borrower.close()
 
 
+class CoordinatorSource:
+    """A coordinator at a socket (`aqua-jax coordinator --socket=PATH`): leases of several lenders.
+
+    While it is away its leases stay what they are.
+
+    Raises:
+      CoordinatorError: nobody answers there now.
+      DependencyError: gRPC isn't installed.
+    """
+
+    def __init__(self, path: str, *, name: str = "", timeout_s: float = 2.0) -> None:
+        """
+        Args:
+          path: of the socket, or @name.
+          name: shown in the coordinator's status, and in its quotas.
+          timeout_s: for each question to the coordinator.
+        """
+        from aqua_jax.memory.client import Client  # gRPC, which a lender alone doesn't need
+
+        self._client = Client(path, name=name, timeout_s=timeout_s)
+
+    def borrow(self, size: int) -> Sequence[Lease]:
+        """Leases of at most `size` bytes in all, as much as there is and the quota allows.
+
+        Raises:
+          CoordinatorError: nobody answers.
+        """
+        least = min(size, LEAST)
+        return self._client.borrow(size, unit=PAGE, pieces=PIECES, minimum=least) or ()
+
+    def close(self) -> None:
+        """Gives every lease back and ends the connection; may be repeated."""
+        self._client.close()
+
+
 def connect(socket: str, *, name: str = "", timeout_s: float = 2.0) -> LeaseSource:
-    """A source of leases at a socket.
+    """A source of leases at a socket, a coordinator's or a lender's.
 
     Raises:
       LenderError: nobody answers there.
+      CoordinatorError: a coordinator's socket, and it doesn't answer.
+      DependencyError: it is a coordinator's, and gRPC isn't installed.
       ConfigError: no possible path.
     """
+    with contextlib.suppress(LenderError):
+        # Only a coordinator has a second socket beside the first, for descriptors.
+        sockets.connect(sockets.door_of(socket), timeout_s, SOCK_SEQPACKET).close()
+        return CoordinatorSource(socket, name=name, timeout_s=timeout_s)
     return LenderSource(socket, name=name, timeout_s=timeout_s)

@@ -174,7 +174,8 @@ class Aqua:
     ) -> None:
         """
         Args:
-          socket: where somebody lends, or several, nearest first. None: host memory only.
+          socket: that of a lender (`aqua-jax lend`) or a coordinator (`aqua-jax coordinator`); or
+            several, nearest first. None: host memory only.
           host_bytes: most host memory; None: what the system has.
           peer_bytes: most borrowed memory; None: what is lent. It is borrowed as it is needed.
           policy: which tier; by default `Dynamic()`: the best that has room.
@@ -185,7 +186,8 @@ class Aqua:
           clock: in seconds.
 
         Raises:
-          LenderError: nobody answers at a socket.
+          LenderError, CoordinatorError: nobody answers at a socket.
+          DependencyError: it is a coordinator's, and gRPC isn't installed.
           ConfigError: impossible limits or socket.
         """
         if chunk_bytes < 64:

@@ -39,11 +39,11 @@ class Source:
     def borrow(self, size):
         size = min(-(-size // PAGE) * PAGE, self.room)
         if size <= 0:
-            return None
+            return ()
         self.room -= size
         lease = Lease(Arena.anonymous(size), len(self.leases) + 1, self._back)
         self.leases.append(lease)
-        return lease
+        return (lease,)
 
     def _back(self, lease, offset, size):
         self.told += size
@@ -150,8 +150,7 @@ class ContentsMachine(RuleBasedStateMachine):
     @rule(pages=st.integers(1, 4))
     def lend_more(self, pages):
         self.source.room += pages * PAGE
-        lease = self.source.borrow(pages * PAGE)
-        if lease is not None:
+        for lease in self.source.borrow(pages * PAGE):
             segment = LeaseSegment(lease)
             self.peers._leases.append(segment)
             self.peers.arrivals.append(segment)
@@ -417,7 +416,7 @@ def test_chunks_climb_some_at_a_time_when_room_comes():
         lease.keep = 0
     assert responder.respond() == 3 * PAGE and contents.where(second) == {"host": 3 * PAGE}
     source.room = 9 * PAGE
-    contents.peers.arrivals.append(LeaseSegment(source.borrow(9 * PAGE)))
+    contents.peers.arrivals.append(LeaseSegment(*source.borrow(9 * PAGE)))
     assert responder.respond() == 0
     now[0] = 1.5
     while responder.asked():
@@ -476,7 +475,7 @@ def test_what_is_lost_in_part_is_left_alone():
     assert contents.where(content) == {"peer": PAGE, "host": 2 * PAGE}
     source.leases[0].alive = False
     source.room = 8 * PAGE
-    contents.peers.arrivals.append(LeaseSegment(source.borrow(8 * PAGE)))
+    contents.peers.arrivals.append(LeaseSegment(*source.borrow(8 * PAGE)))
     now[0] = 9.0
     assert responder.respond() == 0 and content.lost and contents.counters.lost == 1
     with pytest.raises(ContentLostError):
