@@ -1,7 +1,7 @@
 """A burst of prompts on SmolLM2-135M with memory for a tenth of it: first come first served beside
 fair slices that page to another process's memory; then that process is killed in mid-burst.
 
-  .venv/bin/python scripts/demo.py [--model=demo] [--max_tokens=96] [--output=build/demo] [--plain]
+  .venv/bin/python scripts/demo.py [--model=demo] [--max_tokens=64] [--output=build/demo] [--plain]
 
 Three runs of the same prompts, each in an engine of its own. *fcfs*: whoever doesn't fit waits, or
 is recomputed. *fair*: everybody gets turns, and the keys and values of whoever gives way go to a
@@ -246,7 +246,7 @@ class Display:
             return
         with Live(
             get_renderable=lambda: demo_board.board(self.views, self.console),
-            console=self.console, refresh_per_second=8,
+            console=self.console, refresh_per_second=5,
         ):
             yield
 
@@ -353,7 +353,7 @@ def main() -> int:
     """Run the burst three times and say what was seen; returns the exit status."""
     parser = argparse.ArgumentParser(description="A burst with memory for a tenth of it.")
     parser.add_argument("--model", default="demo", help="'demo', a directory or a .gguf file")
-    parser.add_argument("--max_tokens", type=int, default=96, help="longest answer, in tokens")
+    parser.add_argument("--max_tokens", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--output", default="build/demo", help="folder for pictures")
     parser.add_argument("--plain", action="store_true", help="no live display")
     parser.add_argument(

@@ -94,7 +94,7 @@ def _bars(view: RunView, ascii_only: bool) -> Text:
         text.append(f"{name:<7}")
         text.append(full * share, "cyan")
         text.append(empty * (_BAR - share), "dim")
-        text.append(f" {used}/{total}\n", "dim")
+        text.append(f" {used}/{total}\n" if total else " gone\n", "dim")
     return text
 
 
