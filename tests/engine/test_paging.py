@@ -251,6 +251,8 @@ def test_random_schedules_say_the_same(folder, seed):
         peer=path, prefix_caching=rng.random() < 0.7,
         host_kv_memory=rng.choice([0, 16, 64, 64]) * PAGE_BYTES,
     ) as engine:
+        if rng.random() < 0.5:  # else slow copies of a tiny model are mostly found too dear
+            engine._scheduler.costs.swap = lambda tokens, unsaved: 0.0
         got = answers(engine, aborted, events)
         stats = engine.stats()
         assert got == {name: wanted[name] for name in got}
