@@ -6,11 +6,16 @@ AQUA_REQUIRE_CUDA=1 asks for one.
 
 from __future__ import annotations
 
+import collections
+import functools
+import glob
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +107,69 @@ def test_arenas_say_that_there_is_no_gpu():
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     assert all(re.search(r"GPUs? .*: .*CUDA", line) for line in lines), done.stdout
+
+
+def cuobjdump(*arguments: str) -> str:
+    """What it prints about the library; from pip or a toolkit, with nvdisasm beside it."""
+    folders = [*glob.glob(f"{sysconfig.get_path('purelib')}/nvidia/cu*/bin"), os.environ["PATH"]]
+    path = os.pathsep.join(folders)
+    tool = shutil.which("cuobjdump", path=path)
+    assert tool, "no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return subprocess.run(
+        [tool, *arguments, str(LIBRARY)], capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "PATH": path},
+    ).stdout
+
+
+@functools.cache
+def machine_code(architecture: str) -> dict[str, collections.Counter[str]]:
+    """Instructions with their number, by kernel."""
+    text = cuobjdump("--dump-sass", "--gpu-architecture", architecture)
+    found: dict[str, collections.Counter[str]] = {}
+    for function in text.split("Function : ")[1:]:
+        name, _, body = function.partition("\n")
+        found[name] = collections.Counter(
+            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", body)
+        )
+    return found
+
+
+def kernels(architecture: str, *parts: str) -> dict[str, collections.Counter[str]]:
+    """Kernels whose mangled names have all of these parts."""
+    found = {
+        name: code for name, code in machine_code(architecture).items()
+        if all(part in name for part in parts)
+    }
+    assert found, parts
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_machine_code_moves_16_bytes_at_a_time(architecture):
+    copies = kernels(architecture, "copy_pages_kernel", "Vec16") | kernels(
+        architecture, "copy_pieces_kernel") | kernels(architecture, "copy_checked_kernel")
+    assert len(copies) == 3
+    for name, code in copies.items():
+        assert code["LDG.E.128"] >= 4 and code["STG.E.128"] >= 4, (name, code)
+    matrix = kernels(architecture, "attend_matrix")
+    assert len(matrix) == 12
+    for name, code in matrix.items():
+        # All keys and values arrive by asynchronous copies, and go through the matrix units.
+        assert code["LDGSTS.E.BYPASS.128"] >= 16, (name, code)
+        products = sum(n for op, n in code.items() if op.startswith("HMMA.16816.F32"))
+        loads = sum(n for op, n in code.items() if op.startswith("LDSM.16.M"))
+        assert products >= 16 and loads >= 12, (name, code)
+    rows = kernels(architecture, "attend_row")
+    assert len(rows) == 3 and all(code["LDG.E.128"] >= 8 for code in rows.values())
+    for name, code in machine_code(architecture).items():
+        spilled = [op for op in code if re.match(r"(LDL|STL)\b", op)]
+        assert not spilled, f"{name} keeps registers in memory: {spilled}"
+
+
+def test_code_for_later_gpus_is_there():
+    """PTX, which their drivers compile."""
+    text = cuobjdump("--list-ptx")
+    assert text.count("sm_90.ptx") >= 6, text
 
 
 def test_it_is_what_operations_use_on_cuda(for_cuda):
