@@ -17,7 +17,7 @@ from aqua_jax.errors import ConfigError
 
 _NEWEST = 0.05  # weight of the newest observation in the running means
 _PATIENCE = 0.25
-_UNKNOWN_PAGES = 8
+_UNKNOWN_PAGES = 32
 _MIN_PREFILL = 8  # prompt tokens that a step must have to tell what one costs
 
 

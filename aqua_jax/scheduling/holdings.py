@@ -159,6 +159,21 @@ class Holdings:
             self.residency.drop(sequence)
         release_all(self.pool, pages)
 
+    def write_behind(self, leaving_next: Iterable[Sequence], limit: int) -> None:
+        """Copies full pages of sequences that will give way soon, so that their places come free at
+        once then. Before any count has advanced in this plan: what is copied was computed by
+        steps already dispatched."""
+        if self.residency is None or not self.residency.usable:
+            return
+        size = self.pool.page_tokens
+        for sequence in leaving_next:
+            if limit <= 0:
+                return
+            if self.ready(sequence) and not sequence.complete:
+                full = sequence.num_computed // size * size
+                if full > self.residency.backed_tokens(sequence):
+                    limit -= self.residency.back(sequence, sequence.pages, full, limit)
+
     def unsaved(self, sequence: Sequence, tokens: int) -> int:
         """Of its first tokens, those that are in no store and not on their way to one."""
         if self.residency is None:

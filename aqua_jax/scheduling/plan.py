@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from aqua_jax.paging.moves import Move
+from aqua_jax.paging.pages import PageHandle
 from aqua_jax.scheduling.sequence import Sequence
 
 
@@ -45,6 +46,9 @@ class Draft:
     budget: int
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     copies: dict[Sequence, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    # Pages that `copies` read. Held until the plan is made: a page of this very plan may be filled
+    # from a store, beside the step, before the copy has read it.
+    sources: list[PageHandle] = dataclasses.field(default_factory=list)
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
     pages_coming: bool = False  # some sequence only waits for its last token
     pages_short: bool = False  # a running sequence was refused a page

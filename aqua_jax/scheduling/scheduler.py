@@ -48,11 +48,12 @@ import dataclasses
 
 from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.moves import Move
-from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.pages import PagePool, release_all
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
+from aqua_jax.scheduling.forks import Forks
 from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Draft, Plan
@@ -96,8 +97,9 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
         self._live: set[Sequence] = set()
+        self._new: set[Sequence] = set()  # of these, those that never had a page
         self._running: dict[Sequence, None] = {}
-        self._held: dict[Sequence, list[Sequence]] = {}  # parent -> forks that await its prompt
+        self._held = Forks()
 
     @property
     def num_live(self) -> int:
@@ -135,6 +137,7 @@ class Scheduler:
             sequence.chain = self.prefix.chain(sequence.salt)
             sequence.chain.extend(sequence.tokens)
         self._live.add(sequence)
+        self._new.add(sequence)
         self._enqueue(sequence)
 
     def plan(self, now: float) -> Plan | None:
@@ -160,7 +163,9 @@ class Scheduler:
         self._serve_running(draft, now)
         if not draft.pages_short:
             self._admit_waiting(draft, now)
-        return draft, self._commit(draft)
+        plan = self._commit(draft)
+        release_all(self.pool, draft.sources)
+        return draft, plan
 
     def accept(self, sequence: Sequence, token: int) -> None:
         """Takes a sampled token that has reached the host, in the order of sampling.
@@ -230,7 +235,9 @@ class Scheduler:
             if pending > 1 and unfinished >= self.config.max_step_tokens - len(self._running):
                 return  # its prompt could not begin in this step
             growth += self.room.growth(head)
-            victims = self.room.victims(head, found, yielding, self.room.headroom(head, growth))
+            headroom, others = self.room.headroom(head, growth), self._newcomers_like(head, found)
+            victims = others and self.room.victims(head, found, yielding, growth + others)
+            victims = victims or self.room.victims(head, found, yielding, headroom)
             for victim in victims:
                 growth -= self.room.growth(victim)
                 self._preempt(victim, draft)
@@ -238,6 +245,15 @@ class Scheduler:
             if not victims or not self._admit(head, self.holdings.find(head), draft, growth):
                 return
             unfinished += head.pending
+
+    def _newcomers_like(self, head: Sequence, found: Found) -> int:
+        """Pages that the newcomers behind a newcomer may need, as far as a step has room for their
+        prompts. Nobody knows how long theirs are; as long as this one's, then. Copying victims out
+        one newcomer at a time cost the last of a burst of 64 two steps each."""
+        if self.residency is None or head.preemptions:
+            return 0
+        fitting = self.config.max_step_tokens // head.total_len
+        return (min(len(self._new), fitting) - 1) * self.holdings.demand(head, found)
 
     # Stage 1: running sequences.
 
@@ -372,7 +388,7 @@ class Scheduler:
             sequence = self.policy.head(now)
             if sequence is None or sequence.num_inflight > 0:
                 return None
-            if not self._awaits_parent(sequence):
+            if not self._held.awaits(sequence, self._live):
                 return sequence
             self.policy.remove(sequence)  # its parent was preempted meanwhile
             self._enqueue(sequence)
@@ -386,10 +402,13 @@ class Scheduler:
         if slot is None:
             raise SequenceStateError(f"{sequence}: slots changed during a plan")
         copy = self.holdings.take(sequence, found)
-        if copy is not None:
+        if copy is not None and found.source is not None:
             draft.copies[sequence] = copy
+            self.pool.retain(found.source)
+            draft.sources.append(found.source)
         self.policy.remove(sequence)
         self._running[sequence] = None
+        self._new.discard(sequence)
         sequence.status = Status.RUNNING
         sequence.slot, sequence.epoch = slot
         computed = sequence.num_computed
@@ -411,27 +430,16 @@ class Scheduler:
 
     # Stage 3: commit.
 
-    def _write_behind(self) -> None:
-        """Copies full pages of those that will give way next, so that their places come free at
-        once. They were computed by steps already dispatched: no count has advanced yet."""
-        if not len(self.policy) or self.residency is None or not self.residency.usable:
-            return
-        config, size = self.config, self.pool.page_tokens
-        limit = min(
-            config.write_behind_pages, self.costs.pages_within(config.write_behind_share)
-        )
-        for sequence in self.policy.leaving_next(self._running):
-            if limit <= 0:
-                return
-            if self.holdings.ready(sequence) and not sequence.complete:
-                full = sequence.num_computed // size * size
-                if full > self.residency.backed_tokens(sequence):
-                    limit -= self.residency.back(sequence, sequence.pages, full, limit)
-
     def _commit(self, draft: Draft) -> Plan | None:
         moves: tuple[Move, ...] = ()
         if self.residency is not None:
-            self._write_behind()
+            if len(self.policy):
+                self.holdings.write_behind(
+                    self.policy.leaving_next(self._running), min(
+                        self.config.write_behind_pages,
+                        self.costs.pages_within(self.config.write_behind_share),
+                    )
+                )
             moves = self.residency.take_moves(self.config.max_moves)
         if not draft.chunks and not moves:
             return None
@@ -446,7 +454,7 @@ class Scheduler:
                 sequence.num_inflight += 1
             self.holdings.register(sequence)
             self.policy.on_service(sequence, tokens=chunk.count)
-            if sequence in self._held and sequence.num_computed >= sequence.prompt_len - 1:
+            if sequence.num_computed >= sequence.prompt_len - 1:
                 self._release_forks(sequence)
         plan = Plan(
             self.counters.plans, tuple(draft.chunks), tuple(draft.copies.values()),
@@ -461,23 +469,13 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         """Into the policy's queue, or, for a fork that can share its parent's prompt soon, aside:
         there it blocks nobody, and it comes back when the prompt is computed or the parent ends."""
-        if self._awaits_parent(sequence):
-            assert sequence.parent is not None
-            self._held.setdefault(sequence.parent, []).append(sequence)
+        if self._held.awaits(sequence, self._live):
+            self._held.hold(sequence)
         else:
             self.policy.push(sequence)
 
-    def _awaits_parent(self, sequence: Sequence) -> bool:
-        parent = sequence.parent
-        return (
-            parent is not None
-            and parent in self._live
-            and sequence.preemptions == 0
-            and parent.num_computed < sequence.prompt_len - 1
-        )
-
     def _release_forks(self, parent: Sequence) -> None:
-        for fork in self._held.pop(parent, ()):
+        for fork in self._held.release(parent):
             self.policy.push(fork)
 
     def _vacate(self, sequence: Sequence, keep: int) -> None:
@@ -489,16 +487,14 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         if sequence not in self._live:
             raise SequenceStateError(f"{sequence} is not live: ended before, or never added")
-        forks = self._held.get(sequence.parent, []) if sequence.parent is not None else []
         if sequence.status is Status.RUNNING:
             self._vacate(sequence, 0)
-        elif sequence in forks:
-            forks.remove(sequence)
-        else:
+        elif not self._held.remove(sequence):
             self.policy.remove(sequence)
         if self.residency is not None:
             self.residency.drop(sequence)
         sequence.status = Status.FINISHED
         self._live.remove(sequence)
+        self._new.discard(sequence)
         self._release_forks(sequence)
         self.policy.on_finish(sequence)
