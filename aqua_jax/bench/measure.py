@@ -13,6 +13,7 @@ from typing import Any
 from aqua_jax.bench import workloads
 from aqua_jax.bench.latency import fold
 from aqua_jax.bench.memory import peak_rss, reset_peak
+from aqua_jax.bench.variants import own_timeline
 from aqua_jax.bench.workloads import Sizes
 from aqua_jax.config import EngineConfig
 from aqua_jax.errors import ConfigError
@@ -64,6 +65,7 @@ def measure(
         chosen = dataclasses.replace(config, kv_cache_tokens=tokens, max_model_len=None)
         if offline:
             reset_peak()
+            chosen = own_timeline(chosen, "burst")
         _run(chosen, {"burst": one}, repeats, make_engine, report, "burst_")
         report["burst"]["kv_cache_tokens"] = chosen.kv_cache_tokens
     return report

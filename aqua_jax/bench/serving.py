@@ -114,7 +114,7 @@ def _run(
     make_engine: Callable[[EngineConfig], Any], clock: Clock,
 ) -> None:
     started = clock.now()
-    engine = make_engine(results.config)
+    engine = make_engine(variants.own_timeline(results.config, variant.name, str(repeat + 1)))
     startup_s = clock.now() - started
     try:
         requests, cut = _fitted(load, engine.max_model_len)

@@ -9,6 +9,7 @@ and recomputing cost nothing. No jax.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,16 @@ def of_policies(policies: Sequence[str], slices: Sequence[int] = ()) -> list[Var
     return found + [
         Variant(f"fair/{steps}", {"policy": "fair", "slice_steps": steps}) for steps in slices
     ]
+
+
+def own_timeline(config: EngineConfig, *parts: str) -> EngineConfig:
+    """The configuration with a timeline of its own, if there is one: out.json becomes
+    out.fair-5.1.json, so that engines of one bench don't replace each other's."""
+    if not config.trace_events:
+        return config
+    root, extension = os.path.splitext(config.trace_events)
+    name = ".".join([root, *(part.replace("/", "-") for part in parts)]) + extension
+    return dataclasses.replace(config, trace_events=name)
 
 
 def unlimited_tokens(

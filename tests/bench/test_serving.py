@@ -158,13 +158,15 @@ def test_every_run_has_a_fresh_engine_and_the_same_load():
         return engines[-1]
 
     load = Load(requests_at(0, 0, 90), 32, 9, 9)
-    config = EngineConfig(model="m", peer="socket", policy="fair")
+    config = EngineConfig(model="m", peer="socket", policy="fair", trace_events="a.b/out.json")
     chosen = of_policies(["fcfs", "fair"], [5])
     report, runs = compare(config, chosen, load, 2, make_engine, clock)
     order = [(one.policy, one.slice_steps, one.peer) for one in configs]
     # The second repeat goes the other way round; fcfs, which recomputes, borrows nothing.
     turn = [("fcfs", None, ""), ("fair", None, "socket"), ("fair", 5, "socket")]
     assert order == turn + turn[::-1]
+    assert configs[2].trace_events == "a.b/out.fair-5.1.json"
+    assert len({one.trace_events for one in configs}) == 6
     assert all(engine.closed for engine in engines)
     sent = [[(name, length) for name, _, length, _ in engine.added] for engine in engines]
     assert all(one == sent[0] for one in sent) and len(sent[0]) == 5 + 3  # warm-up, the load
