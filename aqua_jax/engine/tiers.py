@@ -98,7 +98,9 @@ def _host(config: EngineConfig, pages: int, page_bytes: int) -> HostStore | None
     elif size > (room := available_memory()):
         raise ConfigError("host_kv_memory", size, f"at most {room}, the memory available now")
     try:
-        return HostStore(size // page_bytes * page_bytes, page_bytes, config.page_tokens)
+        return HostStore(
+            size // page_bytes * page_bytes, page_bytes, config.page_tokens, grows=True
+        )
     except ConfigError as error:
         raise ConfigError("host_kv_memory", size, error.allowed) from error
 

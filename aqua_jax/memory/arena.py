@@ -131,8 +131,16 @@ class Arena:
         return cls(mapping, size, fd)
 
     @classmethod
-    def anonymous(cls, size: int, *, huge_pages: bool = False) -> Arena:
-        """Memory of this process alone: zeroed and allocated in full.
+    def anonymous(
+        cls, size: int, *, huge_pages: bool = False, present: int | None = None
+    ) -> Arena:
+        """Memory of this process alone, zeroed.
+
+        Args:
+          size: bytes, rounded up to whole pages.
+          huge_pages: advise the system to use them.
+          present: bytes from the start on that are allocated now; the rest must be, by `populate`,
+            before it is used. None: all.
 
         Raises:
           ConfigError: the memory isn't there.
@@ -142,7 +150,7 @@ class Arena:
         try:
             mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             _advise(mapping, huge_pages)
-            for at, step in _steps(0, size):
+            for at, step in _steps(0, size if present is None else min(size, round_up(present))):
                 _populate(mapping, at, step)
         except OSError as error:
             if mapping is not None:
@@ -260,6 +268,19 @@ class Arena:
         try:
             _reserve(self.fd, offset, size)
             _populate(mapping, offset, size)
+        except OSError as error:
+            raise ArenaError(f"cannot take {size} bytes from the system ({error})") from error
+
+    def populate(self, offset: int, size: int) -> None:
+        """Allocates pages of private memory that are not there yet; others stay as they are.
+
+        Raises:
+          ArenaError: the memory isn't there now.
+        """
+        mapping = self._check_pages(offset, size)
+        try:
+            for at, step in _steps(offset, size):
+                _populate(mapping, at, step)
         except OSError as error:
             raise ArenaError(f"cannot take {size} bytes from the system ({error})") from error
 

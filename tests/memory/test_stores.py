@@ -1,5 +1,6 @@
 """Stores against a model: handles, references, giving back from the end, losing everything."""
 
+import time
 import timeit
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from aqua_jax.errors import ConfigError, StaleHandleError, StoreError
+from aqua_jax.memory import arena, stores
 from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.stores import HostStore, PeerStore, Store
@@ -231,3 +233,41 @@ def test_looking_whether_something_is_wanted_is_quick():
     with PeerStore(lease_of(64 * PAGE), PAGE, 16) as store:
         times = timeit.repeat(lambda: (store.lost, store.wanted_slots), number=1000, repeat=7)
         assert min(times) / 1000 < 10e-6
+
+
+def test_a_growing_store_takes_memory_as_it_fills(monkeypatch) -> None:
+    monkeypatch.setattr(stores, "_GROWTH", 4 * PAGE)
+    with leftovers() as left, HostStore(64 * PAGE, PAGE, 16, grows=True) as store:
+        assert store.capacity == 64
+        assert store.allocate(64) is None, "only the first step is there"
+        taken = []
+        until = time.monotonic() + 20
+        while len(taken) < 64:
+            assert time.monotonic() < until
+            slots = store.allocate(min(2, 64 - len(taken)))
+            if slots is None:
+                time.sleep(0.001)
+                continue
+            for slot in slots:
+                store.arena.write(store.offset(slot), slot.id.to_bytes(8, "little"))
+            taken += slots
+        assert sorted(slot.id for slot in taken) == list(range(64))
+        for slot in taken:
+            assert store.arena.read(store.offset(slot), 8) == slot.id.to_bytes(8, "little")
+    assert not left()
+
+
+def test_a_growing_store_ends_where_the_system_has_no_more(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(stores, "_GROWTH", 4 * PAGE)
+    store = HostStore(64 * PAGE, PAGE, 16, grows=True)
+    monkeypatch.setattr(arena, "available_memory", lambda: 0)
+    taken = store.allocate(4)
+    until = time.monotonic() + 20
+    while store.capacity == 64:
+        assert time.monotonic() < until
+        assert store.allocate(1) is None
+        time.sleep(0.001)
+    assert store.capacity == 4 and taken is not None and "no more than" in caplog.text
+    store.free(taken[0])
+    assert store.allocate(1) is not None
+    store.close()
