@@ -88,13 +88,21 @@ def prepare_folder(folder: str) -> Path:
     return path
 
 
-def save_plots(runs: Mapping[str, Run], folder: Path, title: str) -> list[Path]:
+_FRONTIER = ("ttft_p99_s", "tbt_p99_ms", "tbt_max_ms")
+
+
+def save_plots(
+    runs: Mapping[str, Run], folder: Path, title: str,
+    medians: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Path]:
     """Draws everything.
 
     Args:
       runs: by variant; "floor" and "ideal" are drawn where others are measured by them.
       folder: exists; files of the same names are replaced.
       title: words above each picture: model and load.
+      medians: by variant, metrics over all repeats, for the frontier; the rest shows `runs`. None:
+        of `runs` as well.
 
     Returns:
       The files: data.json, requests.png, cdf.png, pool.png, service.png; paging.png where pages
@@ -105,6 +113,8 @@ def save_plots(runs: Mapping[str, Run], folder: Path, title: str) -> list[Path]:
     """
     require_matplotlib()
     data = plot_data(runs)
+    for name, metrics in (medians or {}).items():
+        data[name] |= {field: metrics[field] for field in _FRONTIER if field in metrics}
     files = [folder / "data.json"]
     files[0].write_text(json.dumps({"title": title, "policies": data}, allow_nan=False))
     ours = {name: one for name, one in data.items() if name not in (FLOOR, IDEAL)}

@@ -167,6 +167,14 @@ def _fitted(load: Load, model_len: int) -> tuple[list[TraceRequest], int]:
     return list(load.requests), 0
 
 
+def medians(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By variant the median of each metric over the repeats."""
+    return {
+        name: {metric: value["median"] for metric, value in one["metrics"].items()}
+        for name, one in report["policies"].items()
+    }
+
+
 def table(report: Mapping[str, Any]) -> str:
     """The report for people: a column of medians per variant, then the ratios."""
     policies = report["policies"]

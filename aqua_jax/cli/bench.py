@@ -216,7 +216,7 @@ def _run_load(flags: FlagSet, config: EngineConfig, policies: list[str], kind: s
     workload = _KINDS[kind]
     if folder is not None:
         title = f"{about['model']} {about['dtype']}, {workload} of {len(requests)} requests"
-        files = plots.save_plots(runs, folder, title)
+        files = plots.save_plots(runs, folder, title, serving.medians(report))
         print(*files, sep="\n", file=sys.stderr)
     if flags.json:
         shown = {**about, "workload": workload, **report}

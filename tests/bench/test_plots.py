@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from aqua_jax.bench import plots
+from aqua_jax.bench import frontier, plots
 from aqua_jax.bench.open_loop import Run, Sample, Served
 from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.errors import ConfigError, DependencyError
@@ -59,9 +59,20 @@ def test_files_are_written_and_are_pictures(tmp_path):
     runs = {"fcfs": make_run(), "fair": make_run(0.5)}
     files = plots.save_plots(runs, plots.prepare_folder(str(tmp_path / "a" / "b")), "a title")
     assert [file.name for file in files] == ["data.json", *(f"{one}.png" for one in PICTURES)]
-    assert json.loads(files[0].read_text())["policies"]["fair"]["requests"][0]["ttft_s"] == 1.5
+    fair = json.loads(files[0].read_text())["policies"]["fair"]
+    assert fair["requests"][0]["ttft_s"] == 1.5 and fair["ttft_p99_s"] == 1.5
     for file in files[1:]:
         assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
+
+
+def test_the_frontier_shows_medians_over_repeats(tmp_path):
+    runs = {"fcfs": make_run(), "fair": make_run(0.5)}
+    over = {"fair": {"ttft_p99_s": 7.0, "tbt_p99_ms": 8.0, "tbt_max_ms": 9.0, "steps": 4}}
+    files = plots.save_plots(runs, tmp_path, "t", over)
+    data = json.loads(files[0].read_text())["policies"]
+    assert frontier.points(data) == [
+        ("fcfs", 1.0, 500.0, 500.0), ("fair", 7.0, 8.0, 9.0),
+    ]
 
 
 def words_of(monkeypatch, tmp_path, runs):
