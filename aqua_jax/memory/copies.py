@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# One call into libc. ctypes lets go of the GIL for its length; pieces keep a Ctrl-C, and a thread
-# that wants to stop, waiting for a millisecond at most.
+# One call. ctypes lets go of the GIL for its length; pieces keep a Ctrl-C, and a thread that wants
+# to stop, waiting for some milliseconds at most.
 PIECE = 8 << 20
+# From here on copies go past the caches, which libc's do from 190 MB in one call on a machine with
+# a large cache: 12 GB/s there against 7 for all pieces below that.
+STREAM = 256 << 10
 
 
 class Span(NamedTuple):
@@ -19,10 +25,25 @@ class Span(NamedTuple):
     size: int
 
 
+@functools.cache
+def _stream() -> Callable[[int, int, int], object]:
+    """Our library's copy; libc's without it. (`ops.library` would do, but needs jax.)"""
+    folder = os.environ.get("AQUA_LIBRARY_PATH")
+    base = pathlib.Path(folder) if folder else pathlib.Path(__file__).parent.parent / "_lib"
+    try:
+        function = ctypes.CDLL(str(base / "libaqua_cpu.so")).aqua_stream_copy
+    except (OSError, AttributeError):
+        return ctypes.memmove
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    function.restype = None
+    return function
+
+
 def copy(destination: int, source: int, size: int) -> None:
     """Copies `size` bytes; the ranges don't overlap, and both stay valid until it returns."""
+    function = ctypes.memmove if size < STREAM else _stream()
     for at in range(0, size, PIECE):
-        ctypes.memmove(destination + at, source + at, min(PIECE, size - at))
+        function(destination + at, source + at, min(PIECE, size - at))
 
 
 def gather(destination: int, offset: int, size: int, spans: Sequence[Span]) -> None:

@@ -110,3 +110,8 @@ uint64_t Checksum::value() const {
 }
 
 }  // namespace aqua
+
+// For ctypes: copies between ordinary memory and segments, without a pool or a ticket.
+extern "C" void aqua_stream_copy(char* to, const char* from, uint64_t bytes) {
+  aqua::stream_copy(to, from, bytes);
+}

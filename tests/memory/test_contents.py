@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import numpy as np
@@ -268,6 +269,23 @@ def test_gather_and_scatter_agree_with_slices():
         source = content[low:high].copy()
         copies.scatter(source.ctypes.data, low, high - low, spans)
         assert (memory == after).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_copies_are_exact_whoever_makes_them(monkeypatch, native, tmp_path):
+    copies._stream.cache_clear()
+    if not native:
+        monkeypatch.setenv("AQUA_LIBRARY_PATH", str(tmp_path))
+    random = np.random.default_rng(2)
+    memory = random.integers(0, 256, 3 * copies.PIECE, np.uint8)
+    for size in (0, 1, copies.STREAM - 1, copies.STREAM, copies.PIECE, 2 * copies.PIECE + 77):
+        start, to = int(random.integers(0, 99)), int(random.integers(0, 99))
+        target = np.zeros(size + 200, np.uint8)
+        copies.copy(target.ctypes.data + to, memory.ctypes.data + start, size)
+        assert (target[to : to + size] == memory[start : start + size]).all()
+        assert not target[:to].any() and not target[to + size :].any()
+    assert (copies._stream() is ctypes.memmove) != native
+    copies._stream.cache_clear()
 
 
 def test_copies_let_other_threads_run():
