@@ -59,7 +59,7 @@ class Borrower:
         with contextlib.ExitStack() as stack:
             self._socket = stack.enter_context(sockets.connect(path, timeout_s))
             self._fd = self._handshake(path, name)
-            stack.callback(os.close, self._fd)
+            stack.callback(self._close_descriptor)
             self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, self._wake_read)
             stack.callback(os.close, self._wake_write)
@@ -114,7 +114,13 @@ class Borrower:
         try:
             if answer["bytes"] < size:
                 raise ProtocolError("bytes", answer["bytes"], f"at least {size}")
-            arena = Arena.adopt(self._fd, offset, answer["bytes"])
+            with self._lock:  # while we map, `_lost` may close the descriptor
+                fd = os.dup(self._fd) if self._fd >= 0 else -1
+            try:
+                arena = Arena.adopt(fd, offset, answer["bytes"])
+            finally:
+                if fd >= 0:
+                    os.close(fd)
         except AquaError as error:
             self._send("give_back", generation=generation, offset=offset, bytes=answer["bytes"])
             raise LenderError(f"what the lender sent can't be used: {error}") from error
@@ -290,10 +296,19 @@ class Borrower:
             for lease, _ in self._leases.values():
                 lease.alive = False
             answers, self._answers = self._answers, {}
+        # Nothing can be mapped any more, and the memory of a dead lender is the system's again when
+        # the last lease is closed too.
+        self._close_descriptor()
         for inbox in answers.values():
             inbox.put({"type": "lost"})
         if error is not None:
             _log.warning("the lender is gone: %s", error)
+
+    def _close_descriptor(self) -> None:
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
         """Gives every lease back and ends connection and thread; may be repeated."""

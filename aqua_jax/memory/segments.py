@@ -194,18 +194,22 @@ class HostTier:
 
     name = "host"
 
-    def __init__(self, limit: int | None = None, *, step: int = STEP) -> None:
+    def __init__(
+        self, limit: int | None = None, *, step: int = STEP, huge_pages: bool = False
+    ) -> None:
         """
         Args:
           limit: most bytes, rounded down to whole pages of the system; None: what it has.
           step: least bytes to grow by.
+          huge_pages: advise them. Copies are faster then, but taking memory may take seconds when
+            the system must move others' pages first.
         """
         if limit is not None and limit < 0:
             raise ConfigError("host_bytes", limit, "0 or more, or None")
         self.limit = limit if limit is None else limit // PAGE * PAGE
         self.segments: tuple[Segment, ...] = ()
         self._lock = threading.Lock()
-        self._held, self._step = 0, step
+        self._held, self._step, self._huge_pages = 0, step, huge_pages
 
     def grow(self, need: int) -> Segment | None:
         """Takes memory from the system, faulted in: 0.25 s for 1 GiB.
@@ -219,7 +223,8 @@ class HostTier:
                 size = size if self.limit is None else min(size, self.limit - self._held)
                 self._held += size
             try:
-                return HostSegment(Arena.anonymous(size), self._closed)
+                arena = Arena.anonymous(size, huge_pages=self._huge_pages)
+                return HostSegment(arena, self._closed)
             except ConfigError:  # the limit is reached, or it isn't there now
                 self._closed(size)
         return None

@@ -53,7 +53,9 @@ class LenderSource:
         self._path, self._name, self._timeout_s = path, name, timeout_s
         self._closed = False
         self._borrower = self._connect()
-        self._former: list[Borrower] = []
+        # Earlier connections, and what is left of their leases.
+        self._former: list[tuple[Borrower, list[Lease]]] = []
+        self._leases: list[Lease] = []
 
     def _connect(self) -> Borrower:
         return Borrower(self._path, name=self._name, timeout_s=self._timeout_s)
@@ -66,10 +68,12 @@ class LenderSource:
         """
         if self._closed:
             return ()
+        self._tidy()
         if not self._borrower.alive:
             fresh = self._connect()
-            self._former.append(self._borrower)  # its leases are still mapped
-            self._borrower = fresh
+            self._former.append((self._borrower, self._leases))
+            self._borrower, self._leases = fresh, []
+            self._tidy()
         status = self._borrower.status()
         room = 0 if status["asked"] else min(status["free"], status["limit"] - status["lent"])
         size = min(size, room)
@@ -77,16 +81,28 @@ class LenderSource:
         while size >= min(LEAST, room) > 0:
             lease = self._borrower.borrow(size)
             if lease is not None:
+                self._leases.append(lease)
                 return (lease,)
             size //= 2
         return ()
+
+    def _tidy(self) -> None:
+        """Ends earlier connections whose leases have been closed."""
+        self._leases = [lease for lease in self._leases if not lease.closed]
+        kept = []
+        for borrower, leases in self._former:
+            if all(lease.closed for lease in leases):
+                borrower.close()
+            else:
+                kept.append((borrower, leases))
+        self._former = kept
 
     def close(self) -> None:
         """Gives every lease back and ends the connection; may be repeated."""
         self._closed = True
         with contextlib.suppress(LenderError):
             self._borrower.close()
-        for borrower in self._former:
+        for borrower, _ in self._former:
             borrower.close()
 
 

@@ -169,7 +169,7 @@ class Aqua:
     def __init__(
         self, socket: str | Sequence[str] | None = None, *, host_bytes: int | None = None,
         peer_bytes: int | None = None, policy: Policy | None = None, name: str = "aqua",
-        timeout_s: float = 2.0, chunk_bytes: int = CHUNK,
+        timeout_s: float = 2.0, chunk_bytes: int = CHUNK, huge_pages: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -183,6 +183,7 @@ class Aqua:
           timeout_s: for questions to lenders.
           chunk_bytes: what moves at once, 64 or more: what is moved beyond what a lender asks for
             is less than that.
+          huge_pages: advise the system to use them for host memory; see `segments.HostTier`.
           clock: in seconds.
 
         Raises:
@@ -194,7 +195,7 @@ class Aqua:
             raise ConfigError("chunk_bytes", chunk_bytes, "64 or more")
         chunk_bytes -= chunk_bytes % 64
         paths = [socket] if isinstance(socket, str) else list(socket or ())
-        tiers: list[Tier] = [HostTier(host_bytes)]
+        tiers: list[Tier] = [HostTier(host_bytes, huge_pages=huge_pages)]
         found: list[sources.LeaseSource] = []
         try:
             for path in paths:

@@ -426,6 +426,29 @@ def test_a_dead_lender_is_an_error_or_the_mirror_never_wrong_data():
                 same(x, again.fetch())
 
 
+def test_the_memory_of_a_dead_lender_is_let_go():
+    def memfds():
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            mapped = sum("/memfd:" in line for line in file)
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return mapped + sum("memfd" in os.readlink(p) for p in links if os.path.lexists(p))
+
+    before = memfds()
+    with lender_process(32 * MIB) as (path, process), Aqua(path) as used, Aqua(path) as idle:
+        with used.offload(jnp.zeros(MIB)) as handle:
+            assert memfds() > before + 2
+            process.kill()
+            wait_for(lambda: handle.lost)
+            used.respond()
+            wait_for(lambda: memfds() == before)
+            assert not idle.live
+
+
+def test_host_memory_may_be_of_huge_pages():
+    with Aqua(huge_pages=True) as aqua, aqua.offload(jnp.arange(MIB)) as handle:
+        assert (handle.fetch() == jnp.arange(MIB)).all()
+
+
 def test_a_restarted_lender_is_found_again():
     path = new_name()
     x = jnp.asarray(values((MIB,), "uint8"))
