@@ -306,9 +306,9 @@ def _packs_weights(config: EngineConfig) -> bool:
 
 def _choose(field: str, wanted: str, target: str, fallback: str) -> str:
     """ "ffi" or the fallback; asking for "ffi" where it cannot run is an error."""
-    usable = jax.default_backend() == "cpu" and library.available(target)
+    usable = library.use(target)
     if wanted == "ffi" and not usable:
-        why = library.reason() or f"the platform is {jax.default_backend()}, not cpu"
+        why = library.reason() or f"the platform {library.platform()} has no {target}"
         raise ConfigError(field, "ffi", f"{fallback} or auto: {why}")
     return "ffi" if usable and wanted != fallback else fallback
 
