@@ -60,13 +60,6 @@ class SchedulerLike(Protocol):
         """Ends a sequence."""
 
 
-class Observer(Protocol):
-    """Sees what happens, for recordings and tests."""
-
-    def planned(self, plan: Plan, now: float, begin: float, end: float) -> None:
-        """A plan was made; its step, if it has one, will run from begin to end."""
-
-
 @dataclasses.dataclass
 class Outcome:
     """What a simulated run came to.
@@ -124,7 +117,7 @@ class Simulator:
     def __init__(
         self, scheduler: SchedulerLike, cost: StepCost, requests: Sequence_[TraceRequest], *,
         queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int | None = None,
-        max_tokens: Sequence_[int] | None = None, observer: Observer | None = None,
+        max_tokens: Sequence_[int] | None = None,
     ) -> None:
         """
         Args:
@@ -137,7 +130,6 @@ class Simulator:
             or as the engine.
           max_tokens: of each request, where its output is to end earlier than it might; None: it
             goes on to its limit.
-          observer: told about every plan.
         """
         self._scheduler = scheduler
         self._cost = cost
@@ -153,7 +145,6 @@ class Simulator:
         if run_ahead is None:
             run_ahead = getattr(scheduler, "run_ahead", RUN_AHEAD)
         self._run_ahead = run_ahead
-        self._observer = observer
         self._max_tokens = [one.output for one in requests] if max_tokens is None else max_tokens
         self._served = [Served(request, request.arrival_s) for request in requests]
         self._clock = 0.0
@@ -212,13 +203,13 @@ class Simulator:
         self._clock += self._host_s
         runs = plan is not None and bool(plan.chunks)
         if plan is not None:
-            self._dispatch(plan, now)
+            self._dispatch(plan)
         if self._pending and (not runs or len(self._pending) > self._run_ahead):
             self._take_in(self._pending.popleft())
         elif plan is None:
             self._idle()
 
-    def _dispatch(self, plan: Plan, planned: float) -> None:
+    def _dispatch(self, plan: Plan) -> None:
         begin = max(self._clock, self._device_free)
         self._queue.hand_over(plan.moves, begin)
         if self._steps_wait and plan.moves:
@@ -233,8 +224,6 @@ class Simulator:
             self._device_free = end
             self._steps += 1
             self._pending.append(_Step(plan, work, begin, end))
-        if self._observer is not None:
-            self._observer.planned(plan, planned, begin, end)
 
     def _take_in(self, step: _Step) -> None:
         plan, work = step.plan, step.work
