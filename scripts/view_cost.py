@@ -15,7 +15,6 @@ import contextlib
 import os
 import pathlib
 import pty
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,25 +71,6 @@ def terminal_program(arguments: list[str]):
         os.close(terminal)
 
 
-@contextlib.contextmanager
-def browser(url: str, folder: str):
-    """Chromium without a window, showing `url`."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    if program is None:
-        yield None
-        return
-    process = subprocess.Popen(
-        [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
-         f"--user-data-dir={folder}", "--remote-debugging-port=0", url],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 def main() -> None:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,6 +83,7 @@ def main() -> None:
     from aqua_jax.config import SamplingParams
     from aqua_jax.engine.engine import Engine
     from aqua_jax.server.metrics import thread_seconds
+    from tests.server.browser import PROGRAM, browser
     from tests.server.serving import AsyncEngine, serving, text_engine_config
 
     class Slow(Engine):
@@ -152,8 +133,18 @@ def main() -> None:
             with terminal_program(top) as (pid, drawn):
                 measure("top", pid)
                 assert drawn[0] > 1000 * args.seconds, "nothing was drawn"
-            with tempfile.TemporaryDirectory() as profile, browser(served.url, profile) as pid:
-                measure("page", pid)
+            if PROGRAM is None:
+                print("no Chromium here, so the page isn't looked at")
+            else:
+                with (
+                    tempfile.TemporaryDirectory() as profile,
+                    browser(pathlib.Path(profile)) as page,
+                ):
+                    page.open(served.url + "/")
+                    page.wait("drawn > 2")
+                    measure("page", page.process.pid)
+                    print(f"{'':10} drawn {page.evaluate('drawn')} times, "
+                          f"{page.evaluate('alive.size')} requests")
             measure("nobody", None)
             for stream in streams:
                 stream.close()

@@ -53,6 +53,8 @@ class Watcher:
         self._path = parts.path.rstrip("/") + "/debug/state"
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._connection: http.client.HTTPConnection | None = None
+        self._version: int | None = None  # seen last
+        self._rows: dict[tuple[Any, ...], list[Any]] = {}
 
     def look(self) -> dict[str, Any]:
         """The state now.
@@ -77,7 +79,8 @@ class Watcher:
             self._connection = http.client.HTTPConnection(
                 self._host, self._port, timeout=_TIMEOUT_S
             )
-        self._connection.request("GET", self._path, headers=self._headers)
+        since = "" if self._version is None else f"?since={self._version}"
+        self._connection.request("GET", self._path + since, headers=self._headers)
         response = self._connection.getresponse()
         body = response.read()
         if response.status != 200:
@@ -88,7 +91,14 @@ class Watcher:
             state = {}
         if not (isinstance(state, dict) and "rows" in state):
             raise OSError("this is no aqua-jax server")
-        return state
+        if state["since"] is None:
+            self._rows.clear()
+        for key in state["gone"]:
+            self._rows.pop(tuple(key), None)
+        for row in state["rows"]:
+            self._rows[tuple(row[:2])] = row
+        self._version = state["version"]
+        return {**state, "rows": list(self._rows.values())}
 
     def close(self) -> None:
         """Ends the connection."""

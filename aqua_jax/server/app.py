@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -13,12 +13,11 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aqua_jax.engine.async_engine import AsyncEngine
-from aqua_jax.engine.inspect import inspect
 from aqua_jax.errors import EngineDeadError, RequestError
 from aqua_jax.prompts import render_chat
 from aqua_jax.server import errors, openapi
@@ -27,14 +26,17 @@ from aqua_jax.server.answers import Answer, compact
 from aqua_jax.server.calls import Call, parse_call
 from aqua_jax.server.config import ServerConfig
 from aqua_jax.server.errors import ApiError
+from aqua_jax.server.feed import StateFeed
 from aqua_jax.server.gate import Busy, Gate
 from aqua_jax.server.keys import Keys
 from aqua_jax.server.metrics import Collector, Latencies
+from aqua_jax.server.page import page
 from aqua_jax.server.snapshots import Snapshot
 
 T = TypeVar("T")
 
 _INLINE_CHARS = 2000  # of text; more is tokenized by a thread, beside the event loop
+_FOLLOW_EVERY_S = 0.5
 _CLIENT_GONE = 499  # nginx's number; nobody sees it
 _OPEN_PATHS = ("/health", "/")
 
@@ -88,7 +90,7 @@ class Server:
         self._runs: set[Run] = set()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "aqua-tokenize")
         self._stats: Snapshot[dict[str, Any]] = Snapshot(engine, lambda inner: inner.stats())
-        self._state = Snapshot(engine, inspect, self._state_json)
+        self._feed = StateFeed(engine, lambda: {"model": self.model, "live": self.gate.live})
         self._collector = Collector(self.latencies)
         self._registry = CollectorRegistry()
         self._registry.register(self._collector)
@@ -105,6 +107,7 @@ class Server:
                     Route("/metrics", self._metrics),
                     Route("/debug/state", self._debug_state),
                     Route("/openapi.json", self._openapi),
+                    Route("/", self._page),
                 ],
                 exception_handlers=dict.fromkeys(refusals, errors.handle),
             ),
@@ -209,18 +212,35 @@ class Server:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _debug_state(self, request: Request) -> Response:
-        state = await self._state.get()
+        since = request.query_params.get("since", "")
+        if since and not (since.isdecimal() and len(since) < 20):
+            raise RequestError("since", since, "a version that /debug/state has given")
+        seen = int(since) if since else None
+        state = await self._feed.get(seen)
         if state is None:
             raise ApiError(503, "the engine doesn't answer", kind="server_error")
-        return Response(state, media_type="application/json", headers={"cache-control": "no-store"})
+        headers = {"cache-control": "no-store"}
+        if "follow" in request.query_params:
+            kind = "application/x-ndjson"
+            return StreamingResponse(self._follow(seen), media_type=kind, headers=headers)
+        return Response(state[1], media_type="application/json", headers=headers)
 
-    def _state_json(self, state: dict[str, Any]) -> bytes:
-        return compact({**state, "model": self.model, "live": self.gate.live}).encode()
+    async def _follow(self, seen: int | None) -> AsyncGenerator[bytes, None]:
+        """A line for each new version, until the server stops."""
+        while not self.draining:
+            state = await self._feed.get(seen)
+            if state is not None and state[0] != seen:
+                seen = state[0]
+                yield state[1] + b"\n"
+            await asyncio.sleep(_FOLLOW_EVERY_S)
 
     async def _openapi(self, request: Request) -> Response:
         import aqua_jax
 
         return JSONResponse(openapi.document(aqua_jax.__version__))
+
+    async def _page(self, request: Request) -> Response:
+        return page()
 
     # Inside.
 

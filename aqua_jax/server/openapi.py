@@ -84,6 +84,7 @@ def _get(summary: str, kind: str = "application/json") -> dict[str, Any]:
         "summary": summary,
         "responses": {
             "200": {"description": "OK", "content": {kind: {}}},
+            "400": {"description": _REFUSALS["400"]},
             "401": {"description": _REFUSALS["401"]},
             "404": {"description": "not found"},
             "503": {"description": "the engine has stopped, or the server is shutting down"},
@@ -97,6 +98,11 @@ def document(version: str) -> dict[str, Any]:
     model["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
+    state = _get("Live requests, and where their pages are")
+    state["parameters"] = [{
+        "name": "since", "in": "query", "schema": {"type": "integer", "minimum": 0},
+        "description": "the version seen last: only what has changed since is sent",
+    }]
     return {
         "openapi": "3.1.0",
         "info": {"title": "aqua-jax", "version": version},
@@ -111,7 +117,7 @@ def document(version: str) -> dict[str, Any]:
             "/v1/models/{model}": {"get": model},
             "/health": {"get": _get("Whether requests are answered")},
             "/metrics": {"get": _get("Prometheus metrics", "text/plain")},
-            "/debug/state": {"get": _get("Live requests, and where their pages are")},
+            "/debug/state": {"get": state},
         },
         "components": {
             "schemas": {"Error": _ERROR},

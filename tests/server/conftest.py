@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.server.browser import PROGRAM
 from tests.server.serving import Served, serving, text_engine_config
 
 
@@ -14,3 +15,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server without keys over the tiny model."""
     with serving(text_engine_config(tmp_path_factory.mktemp("served"))) as running:
         yield running
+
+
+# The page's tests need a browser, which no Python package brings.
+collect_ignore = [] if PROGRAM else ["test_page.py"]
