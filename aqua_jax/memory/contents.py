@@ -165,13 +165,16 @@ class Contents:
             with self.changed:
                 self.adopt_arrivals()
                 piece = segments.allocate(tier, size)
-            if piece is None and (fresh := tier.grow(need)) is not None:
+            if piece is None:
+                fresh = tier.grow(need)
                 with self.changed:
-                    if self.closed:
+                    if self.closed and fresh is not None:
                         fresh.close()
                     self._check_open()
-                    segments.adopt(tier, fresh)
+                    if fresh is not None:
+                        segments.adopt(tier, fresh)
                     self.adopt_arrivals()
+                    # Also when nothing came: another thread may have been given it.
                     piece = segments.allocate(tier, size)
             if piece is not None:
                 return piece

@@ -32,13 +32,14 @@ class PeerTier:
 
     def __init__(
         self, sources: Sequence[LeaseSource], limit: int | None = None, *, step: int = STEP,
-        clock: Callable[[], float] = time.monotonic,
+        wait_s: float = 2.0, clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
           sources: whom to ask, in this order; owned.
           limit: most bytes to hold; None: what they lend.
           step: least bytes to ask for.
+          wait_s: seconds that `grow` waits while another thread asks.
           clock: in seconds.
 
         Raises:
@@ -49,7 +50,8 @@ class PeerTier:
         self.limit = limit
         self.segments: tuple[Segment, ...] = ()
         self.arrivals: deque[Segment] = deque()
-        self._sources, self._step, self._clock = tuple(sources), step, clock
+        self._sources, self._step = tuple(sources), step
+        self._wait_s, self._clock = wait_s, clock
         self._asking = threading.Lock()  # one question at a time
         self._not_before = [float("-inf")] * len(self._sources)
         self._leases: list[LeaseSegment] = []  # all that may still hold bytes
@@ -62,9 +64,11 @@ class PeerTier:
 
         Returns:
           One segment; further ones are in `arrivals`. None when nobody has room, or all have been
-          asked in vain a moment ago, or somebody else is asking now.
+          asked in vain a moment ago.
         """
-        if not self._asking.acquire(blocking=False):
+        if min(self._not_before, default=0.0) > self._clock():
+            return None
+        if not self._asking.acquire(timeout=self._wait_s):
             return None
         try:
             return self._borrow(need, patient=False)

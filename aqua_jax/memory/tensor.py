@@ -201,7 +201,7 @@ class Aqua:
             for path in paths:
                 found.append(sources.connect(path, name=name, timeout_s=timeout_s))
             if paths:
-                tiers.insert(0, PeerTier(found, peer_bytes, clock=clock))
+                tiers.insert(0, PeerTier(found, peer_bytes, wait_s=timeout_s, clock=clock))
         except BaseException:
             for source in found:
                 source.close()

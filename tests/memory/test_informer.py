@@ -36,7 +36,7 @@ def run(config, steps):
         before = lent
 
 
-@settings(max_examples=scaled(300), deadline=None)
+@settings(max_examples=scaled(150), deadline=None)
 @given(configs, moments)
 def test_the_reserve_and_the_need_are_never_lent(config, steps):
     for _, load, informer, _, lent in run(config, steps):
@@ -49,7 +49,7 @@ def test_the_reserve_and_the_need_are_never_lent(config, steps):
         assert informer.need(load) >= wanted
 
 
-@settings(max_examples=scaled(300), deadline=None)
+@settings(max_examples=scaled(150), deadline=None)
 @given(configs, moments)
 def test_it_never_swings_faster_than_its_hold_time(config, steps):
     taken_back = None
@@ -60,7 +60,7 @@ def test_it_never_swings_faster_than_its_hold_time(config, steps):
             assert now - taken_back > config.hold_s or config.hold_s == 0
 
 
-@settings(max_examples=scaled(200), deadline=None)
+@settings(max_examples=scaled(100), deadline=None)
 @given(configs, moments, st.integers(1, 40))
 def test_a_growing_queue_takes_memory_back_within_one_decision(config, steps, more):
     *_, (now, load, informer, _, lent) = run(config, steps)
@@ -74,7 +74,7 @@ def test_a_growing_queue_takes_memory_back_within_one_decision(config, steps, mo
         assert fewer <= max(0, lent - short)
 
 
-@settings(max_examples=scaled(200), deadline=None)
+@settings(max_examples=scaled(100), deadline=None)
 @given(configs, moments)
 def test_a_calm_model_lends_all_it_can_spare_after_the_hold_time(config, steps):
     *_, (now, load, informer, _, _) = run(config, steps)

@@ -6,8 +6,6 @@ import contextlib
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import timeit
@@ -28,6 +26,7 @@ from aqua_jax.errors import (
 )
 from aqua_jax.memory import Aqua, Dynamic, Static
 from tests.memory.leftovers import leftovers
+from tests.memory.lender_process import lender_process
 from tests.memory.lending import lending, new_name, wait_for
 
 MIB = 1 << 20
@@ -371,31 +370,6 @@ def test_full_tiers_raise_and_change_nothing():
             assert aqua.tiers == before and aqua.live == [handle]
     with Aqua(host_bytes=0) as aqua, pytest.raises(StoreFullError):
         aqua.offload(jnp.ones(3))
-
-
-LENDER = """
-import sys
-from aqua_jax.memory.lender import Lender
-with Lender(int(sys.argv[2]), sys.argv[1]) as lender:
-    print("ready", flush=True)
-    lender.serve()
-"""
-
-
-@contextlib.contextmanager
-def lender_process(size):
-    """A lender in a process of its own; yields its path and the process."""
-    path = new_name()
-    process = subprocess.Popen(
-        [sys.executable, "-c", LENDER, path, str(size)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield path, process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_a_dead_lender_is_an_error_or_the_mirror_never_wrong_data():
