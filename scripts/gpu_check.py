@@ -37,9 +37,10 @@ try:
 except RuntimeError as error:
     print("none:", str(error).splitlines()[0])
 """
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # What of tests/ops/test_moves.py is about CPUs: processes that end, XLA's own scratch memory.
 MOVES = "not test_a_process_ends and not test_in_place"
+TRANSFORMERS = ["-k", "engine", "tests/parity"]
 SANITIZERS = "memcheck,racecheck,synccheck,initcheck"
 SANITIZED = "definition or merged or long_prompt or nonsense or copies or absent"
 
@@ -162,6 +163,11 @@ def correctness(check: Check, wanted: Callable[[str], bool]) -> None:
             "engine, deterministic mode",
             [*PYTEST, "-k", "auto", "tests/engine/test_deterministic.py"], most_s=150,
             read=test_counts,
+        )
+        # f32 products as the other side makes them, not through TF32.
+        check.run(
+            "engine against transformers", [*PYTEST, *TRANSFORMERS], most_s=120, read=test_counts,
+            environment={"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
         )
 
 

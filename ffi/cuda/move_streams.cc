@@ -195,8 +195,11 @@ cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void**
   return cudaSuccess;
 }
 
-void unpin(void* pinned) {
-  if (pinned != nullptr && cudaHostUnregister(pinned) != cudaSuccess) cudaGetLastError();
+void unpin(int device, void* pinned) {
+  if (pinned == nullptr) return;
+  // Without this a thread that has no context yet would make one on the first GPU.
+  if (device >= 0) cudaSetDevice(device);
+  if (cudaHostUnregister(pinned) != cudaSuccess) cudaGetLastError();
 }
 
 void relax_capture() {

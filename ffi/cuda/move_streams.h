@@ -87,7 +87,7 @@ class MoveStreams {
 // Makes memory reachable for copies of `device`: pinned host, device or peer memory is taken as it
 // is, other host memory is pinned (`pinned` then says what to unpin). `address` is the device's.
 cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned);
-void unpin(void* pinned);
+void unpin(int device, void* pinned);
 
 // Lets this thread use the runtime while others capture graphs.
 void relax_capture();

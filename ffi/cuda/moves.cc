@@ -300,7 +300,7 @@ Handle open_segment(void* base, uint64_t bytes) {
   }
   const Handle handle = segments.open(static_cast<char*>(address), bytes);
   if (handle.id < 0) {
-    cuda::unpin(pinned);
+    cuda::unpin(default_device.load(), pinned);
   } else {
     pinned_by_us[handle.id] = pinned;
   }
@@ -313,7 +313,7 @@ bool retire_segment(Handle segment, bool abandon) {
   segments.release(segment.id);
   settle();
   if (!segments.close(segment, abandon)) return false;
-  cuda::unpin(pinned);
+  cuda::unpin(default_device.load(), pinned);
   return true;
 }
 
