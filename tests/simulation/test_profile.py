@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 
+from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.cli.profile import define, run
 from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine.recorder import RecordedEngine
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES
+from aqua_jax.scheduling.recording import Recorder
 from aqua_jax.scheduling.slices import SliceConfig
+from aqua_jax.simulation.cost import Line
 from aqua_jax.simulation.machines import build_system
 from aqua_jax.simulation.profile import designed_loads, machine_of, record
 from aqua_jax.simulation.replay import Replay, build_scheduler
+from aqua_jax.simulation.simulator import Simulator
 from tests.tiny import write_config
 
 LIMITS: dict[str, Any] = {
@@ -71,6 +75,31 @@ def test_a_real_engines_run_is_replayed_to_the_same_plans(tmp_path: Path, policy
     assert done.chunks > 10 * 90
     if policy == "fair" and stats["implementations"]["moves"] == "ffi":
         assert done.moves > 0 and stats["paging"]["bytes_in"] > 0
+
+
+def test_a_burst_simulated_and_real_are_the_same_plans(tmp_path: Path) -> None:
+    """Not a replay: nothing of the real run is known to the simulator but the requests."""
+    lengths = [(10 + 7 * number % 40, 60 + 11 * number % 50) for number in range(12)]
+    with RecordedEngine(config(tmp_path, "fcfs", max_step_tokens=48)) as engine:
+        for number, (prompt, output) in enumerate(lengths):
+            engine.add_request(
+                f"r{number}", [3 + (31 * number + i * i) % 120 for i in range(prompt)],
+                SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True), arrival=0.0,
+            )
+        while engine.has_unfinished():
+            engine.step()
+        limits, events = engine.limits, engine.recorder.events
+    scheduler = build_scheduler(limits, POLICIES["fcfs"]())
+    recorder = Recorder(scheduler)
+    requests = [TraceRequest(0.0, prompt, output) for prompt, output in lengths]
+    outcome = Simulator(scheduler, Line(1.0), requests).run()
+    assert outcome.counters.preemptions > 0 and outcome.counters.recomputed_tokens > 0
+    real, simulated = (
+        [event[2] for event in one if event[0] == "plan" and event[2]]
+        for one in (events, recorder.events)
+    )
+    assert len(real) == outcome.steps > 200
+    assert simulated == real
 
 
 def test_a_machine_of_a_recorded_engine(tmp_path: Path) -> None:
