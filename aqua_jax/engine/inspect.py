@@ -25,52 +25,47 @@ def inspect(engine: Engine) -> dict[str, Any]:
     Returns:
       "columns": names; "rows": a list a live sample, in order of arrival, states "running",
       "waiting" or "swapped", pages in a store counted whether or not the pool has them as well,
-      "arrived" and "time" in seconds of `time.monotonic()`; "users": vruntime by name;
-      "stats": `Engine.stats()`.
+      "arrived" and "time" in seconds of `time.monotonic()`, a "slice_left" without end infinite;
+      "users": vruntime by name; "stats": `Engine.stats()`.
     """
     scheduler = engine._scheduler
     backed = {} if scheduler.residency is None else scheduler.residency._backed
-    stored_none = None if scheduler.residency is None else 0
+    none: int | None = None if scheduler.residency is None else 0
     accounts = getattr(scheduler.policy, "_accounts", {})  # of `fair`
     users: dict[str, float] = {}
+    running, finished = Status.RUNNING, Status.FINISHED
     rows = []
     for request in engine._requests.values():
         metrics = request.output.metrics
-        arrived = round(metrics.arrival_time, 3)
-        first = metrics.first_token_time
-        ttft = None if first is None else round(first - metrics.arrival_time, 4)
+        arrived, first = metrics.arrival_time, metrics.first_token_time
+        ttft = None if first is None else first - arrived
         for sample in request.samples:
             sequence = sample.sequence
-            if sequence.status is Status.RUNNING:
+            if sequence.status is running:
                 state = "running"
-            elif sequence.status is Status.FINISHED:
+            elif sequence.status is finished:
                 continue
             else:
                 state = "swapped" if sequence.swapped else "waiting"
             vruntime = slice_left = None
             account = accounts.get(sequence)
             if account is not None:
-                vruntime = round(account.vruntime, 2)
-                slice_left = _finite(account.slice_left)
-                users[sequence.user] = round(account.user.vruntime, 2)
-            stored = {"peer": stored_none, "host": stored_none}
-            for copy in backed.get(sequence, ()):
-                if copy.tokens:
-                    name = copy.store.name
-                    stored[name] = (stored.get(name) or 0) + 1
+                vruntime, slice_left = account.vruntime, account.slice_left
+                users[sequence.user] = account.user.vruntime
+            peer, host = none, none
+            copies = backed.get(sequence)
+            if copies:
+                names = [copy.store.name for copy in copies if copy.tokens]
+                peer = names.count("peer")
+                host = len(names) - peer
             prompt = sequence.prompt_len
             rows.append((
                 sequence.request_id, sequence.sample_index, sequence.user, state, prompt,
                 len(sequence.tokens) - prompt, sequence.num_computed, arrived, ttft, vruntime,
-                slice_left, len(sequence.pages), stored["peer"], stored["host"],
+                slice_left, len(sequence.pages), peer, host,
                 sequence.preemptions,
             ))
     return {
         "columns": COLUMNS, "rows": rows, "users": users, "stats": engine.stats(),
         "time": time.monotonic(),
     }
-
-
-def _finite(value: float) -> float | None:
-    """None for the slice that never ends."""
-    return round(value, 1) if value < 1e9 else None

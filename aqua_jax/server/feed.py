@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,13 @@ class _Version:
     number: int
     state: Mapping[str, Any]  # all but the rows
     rows: dict[Key, tuple[Any, ...]]
+
+
+def _rounded(value: Any) -> Any:
+    """Short numbers, and null for what JSON can't write."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else None
 
 
 class StateFeed:
@@ -80,6 +88,10 @@ class StateFeed:
             "since": None if base is None else base.number,
             **latest.state,
             **self._more(),
-            "rows": [row for key, row in latest.rows.items() if before.get(key) != row],
+            "users": {name: _rounded(value) for name, value in latest.state["users"].items()},
+            "rows": [
+                [_rounded(value) for value in row]
+                for key, row in latest.rows.items() if before.get(key) != row
+            ],
             "gone": [key for key in before if key not in latest.rows],
         }).encode()

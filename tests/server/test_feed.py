@@ -8,6 +8,8 @@ import hashlib
 import json
 import re
 
+import pytest
+
 from aqua_jax.config import SamplingParams
 from aqua_jax.engine.async_engine import AsyncEngine
 from aqua_jax.engine.inspect import COLUMNS, inspect
@@ -48,7 +50,11 @@ def test_differences_add_up_to_the_whole(tmp_path):
                 merge(rows, sent)
                 seen = number
                 now = feed._versions[number].rows
-                assert {key: list(row) for key, row in now.items()} == rows
+                assert {
+                    key: [pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
+                          for value in row]
+                    for key, row in now.items()
+                } == rows
                 most = max(most, len(rows))
                 await asyncio.sleep(0.01)
             await work
