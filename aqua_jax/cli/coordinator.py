@@ -71,9 +71,12 @@ def run(flags: FlagSet) -> int:
         from aqua_jax.coordinator.janitor import janitor
         from aqua_jax.coordinator.server import Server
         from aqua_jax.coordinator.service import Service
+
+        if flags.metrics_port is not None:
+            from aqua_jax.coordinator.metrics import Metrics
     except ImportError as error:
         raise DependencyError(
-            "a coordinator needs gRPC: pip install 'aqua-jax[coordinator]'"
+            f"a coordinator needs more packages ({error}): pip install 'aqua-jax[coordinator]'"
         ) from error
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -89,8 +92,6 @@ def run(flags: FlagSet) -> int:
         metrics: Any = None
         try:
             if flags.metrics_port is not None:
-                from aqua_jax.coordinator.metrics import Metrics
-
                 metrics = Metrics(service, flags.metrics_port)
                 _report(f"metrics at http://localhost:{metrics.port}/metrics")
             stop = asyncio.Event()

@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,6 +16,7 @@ from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.client import Client
 from aqua_jax.memory.stores import PeerStore
 from tests.coordinator.running import coordinator
+from tests.faults.processes import ROOT
 from tests.memory.leftovers import leftovers
 from tests.memory.lending import new_name, wait_for
 
@@ -268,3 +271,22 @@ def test_python_arguments_that_are_no_numbers(running, lent):
         for size in (0, -1):
             with pytest.raises(LedgerError):
                 client.borrow(size)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("grpc", ["coordinator", "--socket=@x"]),
+        ("grpc", ["coordinator", "--socket=@x", "--status"]),
+        ("grpc", ["lend", "--socket=@x", "--bytes=1MiB"]),
+        ("prometheus_client", ["coordinator", "--socket=@x", "--metrics_port=0"]),
+    ],
+)
+def test_missing_packages_are_named(missing, arguments):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"from aqua_jax.cli.main import main; sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "pip install 'aqua-jax[coordinator]'" in done.stderr, done
+    assert "Traceback" not in done.stderr
