@@ -31,6 +31,7 @@ from aqua_jax.memory.contents import CHUNK, Content, Contents, Counters
 from aqua_jax.memory.copies import Span
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.policies import Dynamic, Policy, TierView
+from aqua_jax.memory.rebuild import rebuild
 from aqua_jax.memory.responder import Responder
 from aqua_jax.memory.segments import HostTier, Tier
 
@@ -126,7 +127,7 @@ class AquaTensor:
             raise StaleHandleError("the handle has been freed")
         self.wait()
         contents, content = self._aqua.contents, self._content
-        return arrays.rebuild(self._layout, lambda spans: contents.read(content, spans), sharding)
+        return rebuild(self._layout, lambda spans: contents.read(content, spans), sharding)
 
     def free(self) -> None:
         """Lets go of the content; a copy under way ends first.
@@ -239,16 +240,15 @@ class Aqua:
         handle = AquaTensor(self, layout, self.contents.create(layout.size))
         with self._lock:
             self._live.add(handle)
-        arrays.start_transfer(found)
         try:
+            parts = arrays.parts_of(layout, found, snapshot=not wait)
             if wait:
-                self._copy(handle, arrays.host_views(layout, found), originals)
+                self._copy(handle, arrays.host_views(layout, parts), originals)
                 return handle
-            found = arrays.snapshot(found)
             # What is computed already is held from now on, so that deleting it does no harm.
-            held = arrays.host_views(layout, found) if arrays.ready(found) else None
+            held = arrays.host_views(layout, parts) if arrays.ready(parts) else None
             handle._ticket = self._thread().submit(
-                self._copy_later, handle, found, held, originals
+                self._copy_later, handle, parts, held, originals
             )
         except BaseException:
             with contextlib.suppress(StaleHandleError):  # closed meanwhile
@@ -263,11 +263,11 @@ class Aqua:
             return self._copier
 
     def _copy_later(
-        self, handle: AquaTensor, found: list[Any], held: Views | None, originals: list[jax.Array]
+        self, handle: AquaTensor, parts: list[Any], held: Views | None, originals: list[jax.Array]
     ) -> None:
         if held is None:
-            held = arrays.host_views(handle._layout, found)
-        found.clear()
+            held = arrays.host_views(handle._layout, parts)
+        parts.clear()
         self._copy(handle, held, originals)
 
     def _copy(self, handle: AquaTensor, views: Views, originals: list[jax.Array]) -> None:

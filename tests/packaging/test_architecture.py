@@ -46,7 +46,7 @@ HOST_ONLY = (
     "aqua_jax.simulation",
 )
 # But these: `aqua_jax.memory.Aqua` takes JAX arrays. Nothing host-only may import them.
-DEVICE_SIDE = ("aqua_jax.memory.arrays", "aqua_jax.memory.tensor")
+DEVICE_SIDE = ("aqua_jax.memory.arrays", "aqua_jax.memory.rebuild", "aqua_jax.memory.tensor")
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "torch", "tensorflow"}
 SOURCE_SUFFIXES = {".py", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 SKIPPED_FOLDERS = {"build", "dist", "__pycache__"}
