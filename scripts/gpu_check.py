@@ -164,6 +164,11 @@ def correctness(check: Check, wanted: Callable[[str], bool]) -> None:
             [*PYTEST, "-k", "auto", "tests/engine/test_deterministic.py"], most_s=150,
             read=test_counts,
         )
+        check.run(
+            "engine, pages swapped out and in",
+            [*PYTEST, "-k", "test_swapping or test_two_tiers", "tests/engine/test_paging.py"],
+            most_s=120, read=test_counts,
+        )
         # f32 products as the other side makes them, not through TF32.
         check.run(
             "engine against transformers", [*PYTEST, *TRANSFORMERS], most_s=120, read=test_counts,

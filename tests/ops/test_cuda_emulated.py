@@ -10,22 +10,25 @@ import sys
 import pytest
 
 from tests.ops import emulated_cuda
+from tests.scale import scaled
 
 # What the tests of moves have that this leaves out: processes of their own, which know no plugin.
 MOVES = "not test_a_process_ends"
+CASES = [("ops/cuda_cases.py", "", 50), ("ops/test_moves.py", MOVES, 17)]
+if scaled(1) > 1:
+    # The engine on these handlers, pages swapped out and in: same answers. A minute or two.
+    CASES.append(("engine/test_paging.py", "test_swapping or test_two_tiers", 4))
 
 
-@pytest.mark.parametrize(
-    ("path", "chosen", "least"), [("cuda_cases.py", "", 50), ("test_moves.py", MOVES, 17)]
-)
+@pytest.mark.parametrize(("path", "chosen", "least"), CASES)
 def test_emulated(path, chosen, least):
     """In a process of its own: the handlers bear the names of the CPU's."""
     emulated_cuda.build()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "tests.ops.emulated_cuda",
          "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=3", "-k", chosen,
-         f"tests/ops/{path}"],
-        cwd=emulated_cuda.ROOT, capture_output=True, text=True, timeout=500,
+         f"tests/{path}"],
+        cwd=emulated_cuda.ROOT, capture_output=True, text=True, timeout=900,
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
