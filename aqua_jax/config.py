@@ -174,7 +174,7 @@ class EngineConfig:
     prefix_caching: bool = True
     # Who runs next. Under fcfs whoever gives way is recomputed; under the others its pages go to
     # the lender's memory, then to our own, as far as there is room.
-    policy: Literal["fair", "fcfs", "fcfs_swap", "priority"] = "fcfs"
+    policy: Literal["fair", "fcfs", "fcfs_swap", "priority"] = "fair"
     slice_steps: int | None = None  # fair: decode steps of a turn; None: by what a switch costs
     tbt_slo_ms: float = 0.0  # fair: longest gap between tokens aimed at; 0: as short as it goes
     # Bytes of own memory for pages that gave way; 0: none; None: four times the pool, but at most a

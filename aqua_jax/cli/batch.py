@@ -29,7 +29,9 @@ def define(flags: FlagSet) -> None:
         )
         flags.switch("progress", True, "Show progress on standard error.")
     common.define_sampling_flags(flags, "Sampling, for lines that don't say")
-    common.define_engine_flags(flags)
+    # Nobody waits for a first token here, so nobody is switched for one; and what gives way when
+    # pages run short is not computed again.
+    common.define_engine_flags(flags, policy="fcfs_swap")
 
 
 def _check_paths(source: str | None, target: str | None) -> tuple[str, str]:

@@ -23,12 +23,12 @@ def _defaults() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(EngineConfig)}
 
 
-def _choices(flags: FlagSet) -> Callable[[str, str], None]:
+def _choices(flags: FlagSet) -> Callable[..., None]:
     """Defines flags for fields that are one of a few words, which `EngineConfig` lists."""
     default, hints = _defaults(), typing.get_type_hints(EngineConfig)
 
-    def choice(name: str, text: str) -> None:
-        flags.choice(name, default[name], typing.get_args(hints[name]), text)
+    def choice(name: str, text: str, preset: str | None = None) -> None:
+        flags.choice(name, preset or default[name], typing.get_args(hints[name]), text)
 
     return choice
 
@@ -55,8 +55,13 @@ def define_model_flags(flags: FlagSet) -> None:
         )
 
 
-def define_engine_flags(flags: FlagSet) -> None:
-    """Defines a flag for every field of `EngineConfig` that `define_model_flags` leaves."""
+def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
+    """Defines a flag for every field of `EngineConfig` that `define_model_flags` leaves.
+
+    Args:
+      flags: the command's.
+      policy: the command's default; None: the engine's.
+    """
     default, choice = _defaults(), _choices(flags)
     with flags.group("KV cache"):
         flags.size(
@@ -83,7 +88,7 @@ def define_engine_flags(flags: FlagSet) -> None:
         choice(
             "policy", "Who runs next: fair shares by user and request in time slices; first come, "
             "first served (fcfs: whoever gives way is recomputed; fcfs_swap: its pages are kept); "
-            "strict priority with ageing.",
+            "strict priority with ageing.", policy,
         )
         flags.integer(
             "slice_steps", None, "Decode steps of a turn with --policy=fair; default: by what a "

@@ -1,6 +1,6 @@
 """Where the KV of sequences is that gave way: still in the pool, in a store, or both.
 
-Pages are append-only, so a copy in a store stays good. Four things follow.
+Pages are append-only, so a copy in a store stays good. Five things follow.
 
 - *Delta swap-out*: an owner keeps its copies while it runs, and giving way again copies only the
   tokens that are in no store yet, down to a part of the last page.
@@ -8,6 +8,8 @@ Pages are append-only, so a copy in a store stays good. Four things follow.
   copy when it gives way, and its pages are free at once.
 - *Lazy eviction*: pages left behind stay readable (`PagePool.keep`) until an allocation takes them,
   last those whose owner comes back first. `find` sees them, and nothing is copied back for them.
+- *Prefetch*: pages of the owner that comes back next are copied in while it waits for the rest of
+  its place.
 - *Shared pages move once*: a copy belongs to the content, whoever owns it.
 
 Moves are asked for here, handed out with a plan (`take_moves`), and end when somebody says so
@@ -22,29 +24,12 @@ recomputed.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Hashable, Sequence
 
 from aqua_jax.paging.moves import Move, Part, Store
 from aqua_jax.paging.pages import PageHandle, PagePool, release_all
 from aqua_jax.paging.reclaim import Copy, Reclaim
-from aqua_jax.paging.stored import Stored, Tiers
-
-
-@dataclasses.dataclass
-class ResidencyCounters:
-    """Totals since the start."""
-
-    departures: int = 0  # owners that gave way and kept something
-    returns: int = 0  # owners that found something again
-    tokens_out: int = 0  # copied into stores
-    tokens_in: int = 0  # copied back
-    tokens_revived: int = 0  # found in the pool on return: nothing was copied
-    tokens_held: int = 0  # what copying everything at each departure and return would have moved
-    failed: int = 0  # moves that did not arrive
-    refused: int = 0  # pages not copied out because no store had room
-    relocated: int = 0  # pages moved down a tier because a lender wanted its memory
-    dropped: int = 0  # copies given up for somebody else's, or for a lender
+from aqua_jax.paging.stored import ResidencyCounters, Stored, Tiers
 
 
 class Residency:
@@ -125,6 +110,8 @@ class Residency:
                 home, tokens = None, stored.tokens
             else:
                 break
+            if tokens < self._pool.page_tokens and len(stored.owners) > 1:
+                break  # what is left of a shared page: each of them would fill it up
             found.append((home, stored, tokens))
             if min(tokens, stored.promised) < self._pool.page_tokens:
                 break
@@ -259,6 +246,33 @@ class Residency:
                 stored.waiters.append(owner)
                 self._awaited[owner] = self._awaited.get(owner, 0) + 1
         self.counters.returns += bool(found)
+
+    def prefetch(self, owner: Hashable, limit: int) -> int:
+        """Begins to copy pages in for an owner that will come back soon and has none.
+
+        They are nobody's until then: cached in the pool as what owners leave behind, and evicted
+        last, for no other owner comes back earlier.
+
+        Args:
+          owner: away.
+          limit: most pages to take for it.
+
+        Returns:
+          Pages begun.
+        """
+        begun = 0
+        for home, stored, _ in self.find(owner):
+            if home is not None:
+                continue
+            pages = self._pool.allocate(1) if begun < limit else None
+            if pages is None:
+                break
+            self._bring_in(stored, pages[0])
+            self._pool.keep(pages[0], 0)
+            self._pool.release(pages[0])  # the moves hold it until they have ended
+            begun += 1
+        self.counters.prefetched += begun
+        return begun
 
     def drop(self, owner: Hashable) -> None:
         """The owner has ended, or starts over: its copies are not needed."""

@@ -1,13 +1,31 @@
-"""The copies of pages in stores, and which slot has which."""
+"""The copies of pages in stores, which slot has which, and what was counted on the way."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.paging.moves import Part, Store, StoreSlot
 from aqua_jax.paging.pages import PageHandle
+
+
+@dataclasses.dataclass
+class ResidencyCounters:
+    """Totals since the start."""
+
+    departures: int = 0  # owners that gave way and kept something
+    returns: int = 0  # owners that found something again
+    tokens_out: int = 0  # copied into stores
+    tokens_in: int = 0  # copied back
+    prefetched: int = 0  # pages whose copy back began before their owner's return
+    tokens_revived: int = 0  # found in the pool on return: nothing was copied
+    tokens_held: int = 0  # what copying everything at each departure and return would have moved
+    failed: int = 0  # moves that did not arrive
+    refused: int = 0  # pages not copied out because no store had room
+    relocated: int = 0  # pages moved down a tier because a lender wanted its memory
+    dropped: int = 0  # copies given up for somebody else's, or for a lender
 
 
 class Stored:

@@ -4,19 +4,22 @@ A *turn* is what a sequence gets by one admission. The bound is the number of tu
 take before a waiting sequence is admitted, times what a turn takes.
 
 *Turns within a user.* A sequence goes into the queue at most one of its own turns ahead of the
-clock (`VirtualTimeQueue.forgive`, `join`). Every turn of another moves the clock by at least
-`slice / (sum of weights)`, so after `inverse_share = samples * (sum of weights) / weight` turns the
-clock has reached it, and nobody who comes later is served before it, newcomers with a head start
-excepted: their share of all service is `credit_share`, and a few more are saved up. Those who were
-there and are behind it take at most one turn each: the head is always the one furthest behind.
+clock or behind it (`VirtualTimeQueue.forgive`, `catch_up`); a newcomer at the clock. Every turn of
+another moves the clock by at least `slice / (sum of weights)`, so after `inverse_share = samples *
+(sum of weights) / weight` turns the clock has reached the one that waits, and after as many again
+it is so far beyond it that nobody who comes or comes back later is served before it, newcomers with
+a head start excepted: their share of all service is `credit_share`, and a few more are saved up.
+Those who were there and are behind it take at most one turn each: the head is always the one
+furthest behind.
 
-    turns = (inverse_share + sequences) / (1 - credit_share) + saved head starts
+    turns = (2 inverse_share + sequences) / (1 - credit_share) + saved head starts
 
 *Turns between users.* A user gets one turn each time the others, together, have got
 `inverse_user_share` times the service of a turn; and where its turns cost the most and theirs the
-least, that is `turn_ratio` turns to one. With one user the factor is 1.
+least, that is `turn_ratio` turns to one. With one user the factor is 1. Users who had all they
+asked for come with claims of a few slices, once.
 
-    turns = inverse_user_share * turn_ratio * (turns within + 2)
+    turns = inverse_user_share * turn_ratio * (turns within + 2) + claims
 
 *Steps.* While someone waits, at least `concurrent` sequences hold slots (the pool holds so many of
 the longest, and the head needs no more). The prompts of all turns need at most
@@ -50,6 +53,7 @@ class Load:
     inverse_share: float  # greatest of samples * (its user's sequences' weight) / weight
     inverse_user_share: float  # all users' weight / the least
     turn_ratio: float  # service of the dearest turn / the cheapest
+    claims: float = 0.0  # of all users, in turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +79,10 @@ class WaitingBound:
 
 def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
     """The bound of the module's text. Infinite where slices are."""
-    turns = math.ceil((load.inverse_share + load.sequences) / (1.0 - machine.credit_share))
+    turns = math.ceil((2.0 * load.inverse_share + load.sequences) / (1.0 - machine.credit_share))
     turns += machine.saved_credits
     if load.users > 1:
-        turns = math.ceil(load.inverse_user_share * load.turn_ratio * (turns + 2))
+        turns = math.ceil(load.inverse_user_share * load.turn_ratio * (turns + 2) + load.claims)
     if machine.slice_steps == math.inf:
         return WaitingBound(math.inf, math.inf)
     latency = machine.run_ahead + _SWITCH_LATENCY

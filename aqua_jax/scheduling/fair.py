@@ -10,10 +10,12 @@ few slices. And what is served beyond a slice while nobody waits is free: it was
 
 *Sequences* of a user compete by slices: being admitted is charged as one slice, whatever is used of
 it, and each further step that others wait through as what it is; back in the queue, it is at most
-one slice ahead of the clock. Prompts are charged to the user alone. Were they
-charged to the request as well, one with 4,000 prompt tokens would get its first slice and then
-wait until every other has had as much, a hundred turns of 20 steps; so the gap would depend on the
-longest prompt in the house. n samples of a request share the weight of one.
+one slice ahead of the clock or behind it. (While nobody waits, whoever runs pays nothing, and the
+clock goes on with every newcomer: without that limit, two requests that had run for 500 steps
+beside brief ones came back with a claim to the next thousand.) Prompts are charged to the user
+alone. Were they charged to the request as well, one with 4,000 prompt tokens would get its first
+slice and then wait until every other has had as much, a hundred turns of 20 steps; so the gap would
+depend on the longest prompt in the house. n samples of a request share the weight of one.
 
 A newcomer, user or sequence, starts at the clock of its queue, with one slice of *head start* when
 it can be afforded: head starts are paid from `credit_share` of the service given, so a stream of
@@ -144,9 +146,11 @@ class Fair:
             self._settle(account)
             self.slices.spend(sequence.switch_price)
             account.user.sequences.forgive(account, self._turn(account, self.slices.steps))
+            self._catch_up(account)
         user = account.user
         user.sequences.wait(account)
         if user not in self._users:
+            self._users.catch_up(user, self._lag())
             self._users.wait(user)
         self._num_waiting += 1
 
@@ -276,6 +280,7 @@ class Fair:
         if account.slice_left > 0:
             account.slice_left -= sampled
         elif decodes and len(account.user.sequences):
+            self._catch_up(account)
             self._charge_turn(account, decodes)
 
     def on_finish(self, sequence: Sequence) -> None:
@@ -308,7 +313,7 @@ class Fair:
         if not self._accounts:
             return None
         config, steps, slices = self.config, self.slices.steps, self.config.slices
-        longest, shares, turns = 0, [], []
+        longest, shares, turns = 0, [], []  # turns: service that each takes, at least
         for account in self._accounts.values():
             sequence, queue = account.sequence, account.user.sequences
             longest = max(longest, sequence.max_total_tokens)
@@ -323,6 +328,7 @@ class Fair:
             inverse_share=max(shares),
             inverse_user_share=self._users.weight / min(u.weight for u in self._active.values()),
             turn_ratio=(self.prefill_cost * longest + config.decode_cost * steps) / min(turns),
+            claims=(len(self._active) - 1) * self._lag() / min(turns),
         )
         chunk = limits.max_chunk_tokens or limits.max_step_tokens
         return waiting_bound(load, Machine(
@@ -345,8 +351,6 @@ class Fair:
             user = self._idle.pop(sequence.user, None) or self._new_user(sequence)
             self._active[user.name] = user
             self._users.join(user, start)
-        elif user not in self._users:
-            self._users.catch_up(user, self._lag())
         account = self._accounts[sequence] = _Account(sequence, user)
         user.sequences.join(account, start)
         user.live += 1
@@ -376,6 +380,13 @@ class Fair:
     def _lag(self) -> float:
         """What a user without waiting sequences may be behind the clock, in service."""
         return self.config.decode_cost * _LAG_SLICES * min(self.slices.steps, _LONG_SLICE)
+
+    def _catch_up(self, account: _Account) -> None:
+        """Forgets what a sequence that runs is behind the clock beyond a turn, its own or, if it
+        weighs more than others and its turns are short therefore, a mean one."""
+        queue = account.user.sequences
+        turn = self._turn(account, self.slices.steps)
+        queue.catch_up(account, turn * max(1.0, account.weight / queue.mean_weight))
 
     def _charge_turn(self, account: _Account, steps: float) -> None:
         account.user.sequences.charge(account, self._turn(account, steps))

@@ -159,6 +159,13 @@ class Holdings:
             self.residency.drop(sequence)
         release_all(self.pool, pages)
 
+    def prefetch(self, sequence: Sequence, spare: int) -> None:
+        """Begins to copy back pages of the sequence that comes next, into `spare` pages."""
+        if self.residency is not None and sequence.swapped and not sequence.num_inflight:
+            there = (home for home, _, _ in self.residency.find(sequence) if home is not None)
+            own = sum(self.pool.references(home) == 0 for home in there)
+            self.residency.prefetch(sequence, spare - own)
+
     def write_behind(self, leaving_next: Iterable[Sequence], limit: int) -> None:
         """Copies full pages of sequences that will give way soon, so that their places come free at
         once then. Before any count has advanced in this plan: what is copied was computed by

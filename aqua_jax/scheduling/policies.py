@@ -21,7 +21,7 @@ from aqua_jax.scheduling.fair import Fair
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 
-_WRITE_BEHIND = 4  # sequences of the worst rank whose pages are copied ahead
+_WRITE_BEHIND = 1  # sequences of the worst rank whose pages are copied ahead: most never go
 
 
 class Policy(Protocol):

@@ -70,6 +70,16 @@ class Room:
         """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
         return 0 if self._residency is not None and sequence.preemptions == 0 else growth
 
+    def newcomers(self, head: Sequence, found: Found, count: int) -> int:
+        """Pages that the other newcomers, of `count` in all, may need, as far as a step has room
+        for their prompts; 0 if the head is none. Nobody looks how long their prompts are; as long
+        as the head's, then. Copying victims out for one newcomer at a time cost the last ones of a
+        burst of 64 two steps each."""
+        if self._residency is None or head.preemptions:
+            return 0
+        fitting = self._config.max_step_tokens // head.total_len
+        return (min(count, fitting) - 1) * self._holdings.demand(head, found)
+
     def swaps(self, computed: int, unsaved: int) -> bool:
         """Whether copying out and back is cheaper than recomputing."""
         return (

@@ -163,7 +163,7 @@ class Scheduler:
         self._serve_running(draft, now)
         if not draft.pages_short:
             self._admit_waiting(draft, now)
-        plan = self._commit(draft)
+        plan = self._commit(draft, now)
         release_all(self.pool, draft.sources)
         return draft, plan
 
@@ -235,7 +235,8 @@ class Scheduler:
             if pending > 1 and unfinished >= self.config.max_step_tokens - len(self._running):
                 return  # its prompt could not begin in this step
             growth += self.room.growth(head)
-            headroom, others = self.room.headroom(head, growth), self._newcomers_like(head, found)
+            headroom = self.room.headroom(head, growth)
+            others = self.room.newcomers(head, found, len(self._new))
             victims = others and self.room.victims(head, found, yielding, growth + others)
             victims = victims or self.room.victims(head, found, yielding, headroom)
             for victim in victims:
@@ -245,15 +246,6 @@ class Scheduler:
             if not victims or not self._admit(head, self.holdings.find(head), draft, growth):
                 return
             unfinished += head.pending
-
-    def _newcomers_like(self, head: Sequence, found: Found) -> int:
-        """Pages that the newcomers behind a newcomer may need, as far as a step has room for their
-        prompts. Nobody knows how long theirs are; as long as this one's, then. Copying victims out
-        one newcomer at a time cost the last of a burst of 64 two steps each."""
-        if self.residency is None or head.preemptions:
-            return 0
-        fitting = self.config.max_step_tokens // head.total_len
-        return (min(len(self._new), fitting) - 1) * self.holdings.demand(head, found)
 
     # Stage 1: running sequences.
 
@@ -422,18 +414,22 @@ class Scheduler:
         self.counters.recomputed_tokens += lost
         self.policy.admitted(sequence, lost)
         brought = sum(count for home, _, count in found.kept if home is None)
-        if brought:
+        if found.kept:
             sequence.returned = self.counters.plans
+        if brought:
             self.policy.on_service(sequence, price=self.costs.swap(brought, 0))
         sequence.num_dropped = 0
         return True
 
     # Stage 3: commit.
 
-    def _commit(self, draft: Draft) -> Plan | None:
+    def _commit(self, draft: Draft, now: float) -> Plan | None:
         moves: tuple[Move, ...] = ()
         if self.residency is not None:
-            if len(self.policy):
+            head = self.policy.head(now)
+            if head is not None:
+                spare = self.pool.available - sum(map(self.room.needs, self._running))
+                self.holdings.prefetch(head, spare)
                 self.holdings.write_behind(
                     self.policy.leaving_next(self._running), min(
                         self.config.write_behind_pages,

@@ -43,6 +43,11 @@ class VirtualTimeQueue(Generic[M]):
         self._entries: dict[M, int] = {}  # waiting member -> number of its valid heap entry
         self._next = 0
 
+    @property
+    def mean_weight(self) -> float:
+        """Of all members; there must be one."""
+        return self.weight / self._members
+
     def join(self, member: M, head_start: float = 0.0) -> None:
         """A member begins to compete: at the clock less its head start, in charged units, or
         where it was before if that is later."""

@@ -123,7 +123,7 @@ def test_flags_set_every_field():
         "--kv_dtype=float32",
         "--kv_cache_memory=1.5GiB", "--kv_cache_tokens=4096", "--page_tokens=32",
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
-        "--noprefix_caching", "--policy=fair", "--slice_steps=9", "--tbt_slo_ms=5",
+        "--noprefix_caching", "--policy=priority", "--slice_steps=9", "--tbt_slo_ms=5",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
         "--trace_events=e.json",
         "--attention=reference", "--matmul=xla",

@@ -222,5 +222,5 @@ def test_with_room_in_a_store_nothing_is_computed_twice(policy: str) -> None:
     assert counters.swaps == counters.preemptions > 20
     assert counters.recomputed_tokens == 0
     moved = run.residency.counters
-    assert moved.tokens_out + moved.tokens_in <= 0.8 * moved.tokens_held
+    assert moved.tokens_out + moved.tokens_in <= 0.9 * moved.tokens_held
     run.stores[0].close()
