@@ -280,7 +280,8 @@ def test_memory_comes_from_the_lender_and_goes_back():
         with Aqua(running.path, name="researcher") as aqua:
             x = jnp.asarray(values((5 * MIB,), "uint8"))
             with aqua.offload(x) as handle:
-                assert handle.tiers == {"peer": 5 * MIB} and running.said("(researcher)")
+                assert handle.tiers == {"peer": 5 * MIB}
+                wait_for(lambda: running.said("(researcher)"))
                 same(x, handle.fetch())
             with aqua.offload(x):
                 assert aqua.tiers["peer"].used == 5 * MIB
