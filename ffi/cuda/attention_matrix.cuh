@@ -25,8 +25,13 @@ struct MatrixShape {
   static constexpr int kStages = kParts && kDim <= 128 ? 3 : 2;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kSideBytes = kKeys * kDim * 2;  // keys, or values
-  static constexpr int kShared = kQueryBytes + kStages * 2 * kSideBytes;
+  static constexpr int kRingBytes = kStages * 2 * kSideBytes;
   static constexpr bool kKeepQueries = kDim <= 128;  // in registers
+  // Queries that are kept pass through the last buffer, which is filled once all have been read: up
+  // to 128 dimensions, 96 KiB do, which GPUs without a data centre's shared memory have as well.
+  static constexpr int kQueriesAt = kKeepQueries ? kRingBytes - 2 * kSideBytes : kRingBytes;
+  static constexpr int kShared = kKeepQueries ? kRingBytes : kRingBytes + kQueryBytes;
+  static_assert(!kKeepQueries || kQueryBytes <= 2 * kSideBytes, "queries don't fit a buffer");
 };
 
 template <typename T, int kDim, bool kParts>
@@ -67,8 +72,8 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   const int32_t block_first = first / kKeys, block_last = (last - 1) / kKeys;
 
   // ---- Shared memory and who loads what.
-  unsigned char* shared = shared_memory();
-  unsigned char* const ring = shared + Shape::kQueryBytes;
+  unsigned char* const ring = shared_memory();
+  unsigned char* const query_rows = ring + Shape::kQueriesAt;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
   const int chunk = thread % kChunks, load_row = thread / kChunks;
   const T* const pool = static_cast<const T*>(p.kv);
@@ -117,7 +122,7 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
       load4(p.q, p.q_type, at, x);
       load4(p.q, p.q_type, at + 4, x + 4);
     }
-    *reinterpret_cast<Vec16*>(shared + swizzled<kDim>(r, c)) =
+    *reinterpret_cast<Vec16*>(query_rows + swizzled<kDim>(r, c)) =
         Vec16{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
               pack2<T>(x[6], x[7])};
   }
@@ -126,8 +131,8 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   const int matrix = lane / 8, matrix_row = lane % 8;
   uint32_t queries[Shape::kKeepQueries ? kSteps : 1][4];
   const auto load_queries = [&](int step, uint32_t to[4]) {
-    load_matrices(to, shared + swizzled<kDim>(warp_row + matrix % 2 * 8 + matrix_row,
-                                              step * 2 + matrix / 2));
+    load_matrices(to, query_rows + swizzled<kDim>(warp_row + matrix % 2 * 8 + matrix_row,
+                                                  step * 2 + matrix / 2));
   };
   if constexpr (Shape::kKeepQueries) {
 #pragma unroll
@@ -306,9 +311,8 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
     // The warps' sums, one behind the other, over the ring, which nobody reads any more.
     __syncthreads();
     auto* all = reinterpret_cast<float*>(ring);              // [4, 16, kDim]
-    auto* scales = reinterpret_cast<float*>(shared);         // [4, 16, 2], over the queries
-    static_assert(4 * 16 * kDim * 4 <= kStages * 2 * Shape::kSideBytes, "no room for the sums");
-    static_assert(4 * 16 * 2 * 4 <= Shape::kQueryBytes, "no room for the scales");
+    auto* scales = all + 4 * 16 * kDim;                      // [4, 16, 2]
+    static_assert(4 * 16 * (kDim + 2) * 4 <= Shape::kRingBytes, "no room for the sums");
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int r = warp * 16 + row_of_lane + 8 * i;
