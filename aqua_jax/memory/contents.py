@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections import deque
@@ -21,6 +22,9 @@ from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.policies import Policy, TierView
 from aqua_jax.memory.segments import Piece, Segment, Tier
 
+# Empty memory is kept for so long: what was freed is often offloaded again soon, and taking memory
+# costs as much as some copies.
+IDLE_S = 5.0
 CHUNK = 16 << 20  # what moves at once, and so the most that moves beyond what was asked
 
 
@@ -89,6 +93,7 @@ class Contents:
       changed: the lock over everything, and told when copies end.
       below: contents that may have chunks which the policy would move up.
       climb_due: there may be room for them.
+      tidy_at: when `tidy` has something to do.
       orphans: contents whose owners are gone, not let go of yet.
       closed: whether `close` has been called.
     """
@@ -112,6 +117,7 @@ class Contents:
         self.changed = threading.Condition()
         self.below: dict[Content, None] = {}
         self.climb_due = False
+        self.tidy_at = math.inf
         self.orphans: deque[Content] = deque()
         self.closed = False
         self._chunk = chunk_bytes
@@ -131,6 +137,8 @@ class Contents:
         with self.changed:
             self._check_open()
             self.bury()
+            if self.clock() >= self.tidy_at:
+                self.tidy()
             names = tuple(self.policy.place(size, self.look()))
             mirror = self.policy.mirror
         content = Content(size, self._chunk)
@@ -167,6 +175,11 @@ class Contents:
                 piece = segments.allocate(tier, size)
             if piece is None:
                 fresh = tier.grow(need)
+                if fresh is None and tier.limit is not None:
+                    # Empty segments that are too small may stand in the way of a larger one.
+                    with self.changed:
+                        dropped = self.tidy(at_once=tier)
+                    fresh = tier.grow(need) if dropped else None
                 with self.changed:
                     if self.closed and fresh is not None:
                         fresh.close()
@@ -348,14 +361,30 @@ class Contents:
             for piece in places:
                 self.release_piece(piece)
             places.clear()
-        for tier in self.tiers.values():
-            # Empty segments go, but the largest: the next content needs memory too.
-            empty = [s for s in tier.segments if not len(s.extents) and not s.pins]
-            empty.sort(key=lambda segment: -segment.extents.free)
-            for segment in empty[1:]:
-                self.drop(tier, segment)
+        self.tidy()
         if self.peers is not None and not self.below:
             self.peers.wish(0)
+
+    def tidy(self, at_once: Tier | None = None) -> bool:
+        """Lets go of segments that have been empty for IDLE_S; whether there were any.
+
+        Args:
+          at_once: the tier whose empty segments go however long they have been so.
+        """
+        now, dropped = self.clock(), False
+        self.tidy_at = math.inf
+        for tier in self.tiers.values():
+            for segment in tier.segments:
+                if len(segment.extents) or segment.pins:
+                    continue
+                if segment.idle_since is None:
+                    segment.idle_since = now
+                if now - segment.idle_since >= IDLE_S or tier is at_once:
+                    self.drop(tier, segment)
+                    dropped = True
+                else:
+                    self.tidy_at = min(self.tidy_at, segment.idle_since + IDLE_S)
+        return dropped
 
     def release_piece(self, piece: Piece) -> None:
         """Gives up a piece, unless its segment is gone."""

@@ -40,9 +40,10 @@ class Responder:
         peers = contents.peers
         if peers is not None and (peers.asked() or peers.arrivals):
             return True
-        if contents.climb_due and contents.clock() >= self._climb_after:
+        now = contents.clock()
+        if contents.climb_due and now >= self._climb_after:
             return True
-        return bool(contents.orphans)
+        return now >= contents.tidy_at or bool(contents.orphans)
 
     def respond(self) -> int:
         """Does what is due: gives back what lenders want, notices their deaths, lets chunks climb.
@@ -60,6 +61,7 @@ class Responder:
                 contents.bury()
                 contents.adopt_arrivals()
                 self._reap()
+                contents.tidy()
             if contents.peers is not None:
                 for segment in contents.peers.segments:
                     assert isinstance(segment, LeaseSegment)

@@ -36,6 +36,7 @@ class Segment:
       owners: by offset, whose extent that is; in no order.
       pins: copies under way in it; its memory stays mapped while there are any.
       retired: it belongs to no tier any more and is closed with the last pin.
+      idle_since: when it was found empty; None: it isn't, or was used since.
     """
 
     def __init__(self, tier: str, address: int, size: int) -> None:
@@ -44,6 +45,7 @@ class Segment:
         self.owners: dict[int, Any] = {}
         self.pins = 0
         self.retired = False
+        self.idle_since: float | None = None
 
     @property
     def alive(self) -> bool:
@@ -147,10 +149,12 @@ class Tier(Protocol):
 
     Attributes:
       name: what policies call it.
+      limit: most bytes; None: what there is.
       segments: replaced, never changed, so that it can be read without a lock.
     """
 
     name: str
+    limit: int | None
     segments: tuple[Segment, ...]
 
     def grow(self, need: int) -> Segment | None:
@@ -171,6 +175,7 @@ def allocate(tier: Tier, size: int, avoid: Segment | None = None) -> Piece | Non
             continue
         extent = segment.extents.allocate(size)
         if extent is not None:
+            segment.idle_since = None
             return Piece(segment, extent)
     return None
 

@@ -8,7 +8,7 @@ import pytest
 from aqua_jax.errors import ConfigError, ContentLostError
 from aqua_jax.memory import copies
 from aqua_jax.memory.arena import PAGE
-from aqua_jax.memory.contents import Contents
+from aqua_jax.memory.contents import IDLE_S, Contents
 from aqua_jax.memory.extents import align
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.policies import Dynamic, Static
@@ -163,6 +163,33 @@ def test_a_move_to_a_lender_that_dies_meanwhile_leaves_it_where_it_was(monkeypat
     responder.respond()
     assert contents.where(content) == {"host": PAGE} and bytes_in(contents, content) == 7
     assert a.closed and b.closed and contents.counters.lost == 0
+    responder.close()
+
+
+def test_memory_that_stays_empty_is_let_go_and_what_is_used_again_is_not():
+    source, contents, responder, now = tiers_of(4, host=4 * PAGE, policy=Static("peer"))
+    for _ in range(20):
+        content = filled(contents, 3, 1)
+        now[0] += IDLE_S - 1
+        contents.free(content)
+        assert responder.respond() == 0
+    assert len(source.leases) == 1 and source.told == 0, "the same memory, again and again"
+    now[0] += IDLE_S
+    assert responder.asked() and responder.respond() == 0 and not responder.asked()
+    assert source.told == 3 * PAGE and not contents.peers.segments
+    responder.close()
+
+
+def test_small_empty_segments_give_way_to_a_larger_one():
+    _, contents, responder, _ = tiers_of(0, host=4 * PAGE, policy=Static("host"))
+    contents._chunk = 3 * PAGE
+    small = [filled(contents, 1, i) for i in range(4)]
+    assert len(contents.tiers["host"].segments) > 1
+    for content in small:
+        contents.free(content)
+    large = filled(contents, 3, 7)
+    assert bytes_in(contents, large) == 7
+    contents.free(large)
     responder.close()
 
 
