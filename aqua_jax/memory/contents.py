@@ -137,8 +137,6 @@ class Contents:
         with self.changed:
             self._check_open()
             self.bury()
-            if self.clock() >= self.tidy_at:
-                self.tidy()
             names = tuple(self.policy.place(size, self.look()))
             mirror = self.policy.mirror
         content = Content(size, self._chunk)
