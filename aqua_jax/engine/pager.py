@@ -33,6 +33,8 @@ Copy = Callable[[Store, StoreSlot, Store, StoreSlot], None]
 
 # Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
 _NAP_S = 100e-6
+# The same while a step runs: a look takes the host 0.1 ms, and a sequence's pages more than that.
+_LONG_NAP_S = 500e-6
 _NANO = 1e-9
 
 
@@ -244,17 +246,17 @@ class Pager:
                 tier.store.close()
 
     def linger(self, limit_s: float) -> None:
-        """Gives moves under way a moment more, so that what they bring joins the next step.
+        """Gives moves into the pool a moment more, so that what they bring joins the next step.
 
         They began with the step that runs now, so a plan made at once would miss them by a
         millisecond, and a sequence would sit out a whole step. `limit_s` must be well below what is
         left of that step: the device never waits for this. The time counts as `linger_s`.
         """
-        if not self._under_way:
-            return
         started = time.perf_counter()
-        while self._under_way and time.perf_counter() - started < limit_s:
-            time.sleep(_NAP_S)
+        while any(move.inward for move in self._under_way):
+            if time.perf_counter() - started >= limit_s:
+                break
+            time.sleep(min(_LONG_NAP_S, limit_s))
             self.poll()
         self.linger_s += time.perf_counter() - started
 
