@@ -299,7 +299,8 @@ class Link:
                 _log.info("the coordinator at %s is away%s", self.path, self._because())
             self._first.set()
             self._closing.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            # A coordinator that has been restarted waits a term for us.
+            pause = min(2 * pause, _LONGEST_PAUSE_S, self.term_s / 4)
 
     def _attach(self) -> None:
         """One connection, from beginning to end."""

@@ -16,7 +16,7 @@ from tests.memory.leftovers import leftovers
 from tests.memory.lending import new_name, wait_for
 
 MIB = 1 << 20
-TERM_S = 0.5
+TERM_S = 1.0
 FLAGS = (f"--term_s={TERM_S}", "--drain_s=0.3")
 
 
@@ -58,7 +58,7 @@ def test_a_killed_lender_is_reported_and_does_no_harm(path):
 
 
 def test_while_the_coordinator_is_away_everybody_goes_on(path):
-    with coordinator(path, *FLAGS) as running, lender(path, "8MiB") as lending:
+    with coordinator(path, "--term_s=5") as running, lender(path, "8MiB") as lending:
         with borrower(path, "one") as one, borrower(path, "two") as two:
             assert one.ask("borrow 4194304") == two.ask("borrow 2097152") == "clean"
             assert one.ask("write 1") == two.ask("write 2") == "ok"
