@@ -71,10 +71,10 @@ class FlagSet:
 
     def integer(
         self, name: str, default: int | None, text: str, low: int | None = None,
-        high: int | None = None,
+        high: int | None = None, word: str | None = None,
     ) -> None:
-        """An integer flag with inclusive bounds."""
-        self._define(parsers.IntegerParser(low, high), name, default, text)
+        """An integer flag with inclusive bounds, or a word that stands for None."""
+        self._define(parsers.IntegerParser(low, high, word), name, default, text)
 
     def number(self, name: str, default: float | None, text: str, low: float, high: float) -> None:
         """A real number flag with inclusive bounds."""

@@ -72,16 +72,22 @@ class SizeSerializer(flags.ArgumentSerializer):
 
 
 class IntegerParser(flags.ArgumentParser):
-    """An integer with bounds."""
+    """An integer with bounds, or a word that stands for None."""
 
     syntactic_help = "N"
 
-    def __init__(self, low: int | None = None, high: int | None = None):
+    def __init__(
+        self, low: int | None = None, high: int | None = None, word: str | None = None
+    ):
         super().__init__()
-        self.low, self.high = low, high
+        self.low, self.high, self.word = low, high, word
+        if word is not None:
+            self.syntactic_help = f"{word}|N"
 
-    def parse(self, argument: str | int) -> int:
-        """`argument` as an integer within the bounds."""
+    def parse(self, argument: str | int) -> int | None:
+        """`argument` as an integer within the bounds; None for the word."""
+        if self.word is not None and argument == self.word:
+            return None
         try:
             value = int(argument)
         except (TypeError, ValueError):
@@ -97,7 +103,8 @@ class IntegerParser(flags.ArgumentParser):
         bounds = [] if self.low is None else [f">= {self.low}"]
         if self.high is not None:
             bounds.append(f"<= {self.high}")
-        return " ".join(["an integer", " and ".join(bounds)]).strip()
+        words = [] if self.word is None else [f"{self.word}, or"]
+        return " ".join([*words, "an integer", " and ".join(bounds)]).strip()
 
     def flag_type(self) -> str:
         """Name of the type in absl's XML help."""

@@ -113,6 +113,15 @@ def test_flags_map_one_to_one_onto_the_configuration():
     assert common.sampling_params(flags) == SamplingParams(max_tokens=128, temperature=0.0)
 
 
+@pytest.mark.parametrize(("text", "steps"), [("auto", None), ("7", 7)])
+def test_slices_are_automatic_or_a_number(text, steps):
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    flags.parse(["--model=m", f"--slice_steps={text}"])
+    assert common.engine_config(flags).slice_steps == steps
+
+
 def test_flags_set_every_field():
     flags = FlagSet()
     common.define_model_flags(flags)
