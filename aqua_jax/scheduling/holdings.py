@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.pages import PageHandle, PagePool, release_all
@@ -187,19 +187,19 @@ class Holdings:
             return tokens
         return max(0, tokens - self.residency.backed_tokens(sequence))
 
-    def freed_by(self, victims: Iterable[Sequence], spared: Iterable[PageHandle]) -> list[int]:
-        """Pages that come free as each of `victims` gives way, in this order; those of `spared`
-        stay."""
+    def freed_by(
+        self, victims: Iterable[Sequence], spared: Iterable[PageHandle]
+    ) -> Iterator[int]:
+        """Pages that come free as each of `victims` gives way, in this order, one after another;
+        those of `spared` stay."""
         kept, released = set(spared), Counter[PageHandle]()
-        gains = []
         for victim in victims:
             gain = 0
             for page in victim.pages:
                 released[page] += 1
                 others = self.pool.references(page) - self.pins(page) - released[page]
                 gain += page not in kept and others == 0
-            gains.append(gain)
-        return gains
+            yield gain
 
     def pins(self, page: PageHandle) -> int:
         """References to a page that copies to a store hold."""

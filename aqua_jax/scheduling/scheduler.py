@@ -286,7 +286,7 @@ class Scheduler:
         while short > 0 and len(runnable) > 1:
             victim = self.policy.victim(reversed(runnable))
             runnable.remove(victim)
-            short -= self.room.needs(victim) + self.holdings.freed_by([victim], ())[0]
+            short -= self.room.needs(victim) + next(self.holdings.freed_by([victim], ()))
             self._preempt(victim, draft)
         return runnable
 
