@@ -79,6 +79,8 @@ class History:
             self.residency, Costs(PAGE_TOKENS, CostConfig(moved_page=machine.page_price)),
         )
         self.now = 0
+        self.state_every = 1  # steps between looks at the bound
+        self._stated = 0.0
         self.live: dict[Sequence, None] = {}
         self.since: dict[Sequence, int] = {}  # the last token, or the arrival
         self.bounds: dict[Sequence, float] = {}  # the greatest stated since then
@@ -111,7 +113,7 @@ class History:
     def state_bound(self) -> float:
         """What the scheduler promises now."""
         found = self.scheduler.waiting_bound(self.machine.run_ahead)
-        bound = 0.0 if found is None else found.steps
+        bound = self._stated = 0.0 if found is None else found.steps
         for sequence in self.live:
             self.bounds[sequence] = max(self.bounds[sequence], bound)
         return bound
@@ -143,7 +145,8 @@ class History:
         self.now += 1
         if len(self._steps) > (self.machine.run_ahead if plan is not None else 0):
             self._read(self._steps.popleft())
-        self.state_bound()
+        if self.now % self.state_every == 0:
+            self.state_bound()
         return plan
 
     def all_gaps(self) -> list[Gap]:
@@ -170,7 +173,7 @@ class History:
             self.gaps.append(
                 Gap(sequence, self.now - self.since[sequence], self.bounds[sequence], self.now)
             )
-            self.since[sequence], self.bounds[sequence] = self.now, 0.0
+            self.since[sequence], self.bounds[sequence] = self.now, self._stated
             if len(sequence.tokens) == sequence.max_total_tokens:
                 self.scheduler.finish(sequence)
                 self._forget(sequence)
