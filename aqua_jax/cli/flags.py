@@ -91,8 +91,8 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "strict priority with ageing.", policy,
         )
         flags.integer(
-            "slice_steps", None, "Decode steps of a turn with --policy=fair; auto: by what a switch "
-            "costs and --tbt_slo_ms. (default: auto)", 1, word="auto",
+            "slice_steps", None, "Decode steps of a turn with --policy=fair; auto: by what a "
+            "switch costs and --tbt_slo_ms. (default: auto)", 1, word="auto",
         )
         flags.number(
             "tbt_slo_ms", 0.0, "Longest gap between two tokens that --policy=fair aims at, in "

@@ -72,7 +72,8 @@ class Borrower:
         received: list[int] = []
         try:
             hello = protocol.encode("hello", version=protocol.VERSION, name=name)
-            self._socket.sendall(hello)
+            with contextlib.suppress(BrokenPipeError):  # a refusal may be there to read
+                self._socket.sendall(hello)
             while (welcome := self._decoder.next()) is None:
                 data, fds = sockets.receive(self._socket, 4)
                 received += fds
