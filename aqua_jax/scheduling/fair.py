@@ -120,6 +120,7 @@ class Fair:
         self._credit = 0.0
         self._costs: Costs | None = None
         self._price: Callable[[Sequence], float] = lambda sequence: float(sequence.num_computed)
+        self._prices: dict[Sequence, float] = {}  # of this plan
         self._swaps = False
 
     def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
@@ -184,6 +185,7 @@ class Fair:
 
     def begin(self, now: float, running: int) -> None:
         """A plan begins."""
+        self._prices.clear()
         switch = self._costs.switch_steps if self._swaps and self._costs is not None else 0.0
         self.slices.observe(now, len(self._accounts), running, switch)
 
@@ -222,12 +224,17 @@ class Fair:
             )
         ]
         owed.sort(key=_merit, reverse=True)
+        if not self.slices.guarded:
+            return [account.sequence for account in owed]
         price, result = 0.0, []
         for account in owed:
-            price += self._price(account.sequence)
+            one = account.sequence
+            if one not in self._prices:  # asked for each head of a plan
+                self._prices[one] = self._price(one)
+            price += self._prices[one]
             if not self.slices.affords(price):
                 break
-            result.append(account.sequence)
+            result.append(one)
         return result
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:

@@ -131,6 +131,11 @@ class Slices:
         """A switch costs as much as so many tokens (negative: less than was charged before)."""
         self._budget -= tokens
 
+    @property
+    def guarded(self) -> bool:
+        """Whether `affords` may ever say no."""
+        return self._auto
+
     def affords(self, tokens: float) -> bool:
         """Whether a switch may cost so many tokens."""
         return not self._auto or tokens <= self._budget
