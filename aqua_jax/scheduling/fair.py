@@ -91,7 +91,9 @@ class _User(Member):
 class _Account(Member):
     """What a sequence was granted and has used."""
 
-    __slots__ = ("prefill_left", "prepaid", "recompute_left", "sequence", "slice_left", "user")
+    __slots__ = (
+        "begun", "prefill_left", "prepaid", "recompute_left", "sequence", "slice_left", "user",
+    )
 
     def __init__(self, sequence: Sequence, user: _User) -> None:
         super().__init__(sequence.weight, (sequence.arrival, sequence.seq_id))
@@ -100,6 +102,7 @@ class _Account(Member):
         self.prefill_left = 0  # tokens known at admission that are still to be computed
         self.recompute_left = 0  # of these, tokens computed once before
         self.slice_left = 0.0  # decode steps; 0: the slice is over
+        self.begun = True  # whether the turn has brought a token yet
         self.prepaid = 0.0  # service charged to the user in advance
 
 
@@ -197,7 +200,7 @@ class Fair:
         # What is computed again after all was lost; what isn't was paid for.
         self.slices.spend(lost - (0.0 if sequence.swapped else sequence.switch_price))
         account.prefill_left, account.recompute_left = sequence.pending, lost
-        account.slice_left = steps
+        account.slice_left, account.begun = steps, steps == math.inf
         account.prepaid = self.prefill_cost * sequence.pending
         if steps != math.inf:
             ahead = min(steps, sequence.max_total_tokens - sequence.total_len)
@@ -238,13 +241,16 @@ class Fair:
         return result
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
-        """Sequences inside their slices first, the least served of them first."""
+        """Sequences inside their slices first, those before the first token of a slice (who would
+        have waited in vain), then the least served."""
         ordered = [
-            (account.slice_left <= 0, account.user.vruntime, account.vruntime, account.tie, account)
-            for account in map(self._accounts.__getitem__, running)
+            (
+                account.slice_left <= 0, account.begun, account.user.vruntime, account.vruntime,
+                account.tie, account,
+            ) for account in map(self._accounts.__getitem__, running)
         ]
         ordered.sort()
-        return [entry[4].sequence for entry in ordered]
+        return [entry[-1].sequence for entry in ordered]
 
     def victim(self, candidates: Iterator[Sequence]) -> Sequence:
         """The last in the order: inside its slice only when everyone unplanned is."""
@@ -284,6 +290,7 @@ class Fair:
                 self._users.charge(account.user, excess)
                 if account.user not in self._users:
                     self._users.catch_up(account.user, self._lag())
+        account.begun |= sampled > 0
         if account.slice_left > 0:
             account.slice_left -= sampled
         elif decodes and len(account.user.sequences):

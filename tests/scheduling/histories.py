@@ -86,6 +86,8 @@ class History:
         self.bounds: dict[Sequence, float] = {}  # the greatest stated since then
         self.gaps: list[Gap] = []
         self.tokens: collections.Counter[Sequence] = collections.Counter()
+        self.in_vain = 0  # times that somebody gave way before a token of its turn
+        self._turn: collections.Counter[Sequence] = collections.Counter()  # tokens of it
         self._numbers = itertools.count()
         self._steps: collections.deque[Plan] = collections.deque()
         self._copies: list[tuple[int, Move]] = []  # when each ends
@@ -133,6 +135,10 @@ class History:
         self._copies = [copy for copy in self._copies if copy[0] > self.now]
         plan = self.scheduler.plan(0.01 * self.now)
         if plan is not None:
+            for sequence in plan.preempted:
+                self.in_vain += self._turn.pop(sequence, 0) == 0
+            for chunk in plan.chunks:
+                self._turn[chunk.sequence] += chunk.sample
             slowest = self.scheduler.config.move_steps
             for move in plan.moves:
                 steps = slowest if self.machine.slowest else self.rng.randint(1, slowest)
@@ -157,7 +163,8 @@ class History:
         ]
 
     def close(self) -> None:
-        """Ends everything, as a test that stops half way has to."""
+        """Ends everything, as a test that stops half way has to; `gaps` has all then."""
+        self.gaps = self.all_gaps()
         for sequence in list(self.live):
             self.abort(sequence)
         for store in self.stores:
