@@ -86,7 +86,7 @@ class Schedule:
         rng = self.rng = random.Random(seed)
         # In turns, so that a few seeds have them all.
         self.lender = LENDERS[seed % len(LENDERS)]
-        self.breaks = BREAKS[seed // len(LENDERS) % len(BREAKS)]
+        self.breaks = BREAKS[(seed + 2 * (seed // len(LENDERS))) % len(BREAKS)]
         self.chosen = rng.sample(range(len(catalogue)), scale.requests)
         self.arrivals = sorted(rng.randrange(scale.arrivals) for _ in self.chosen)
         aborted = rng.sample(self.chosen, scale.aborts)

