@@ -307,6 +307,7 @@ class Link:
         entry = Entry(self.path, self.timeout_s)
         outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         channel = grpc.insecure_channel(sockets.target_of(self.path), options=_CHANNEL)
+        call: Any = None
         try:
             attach = channel.stream_stream(
                 ATTACH, request_serializer=messages.FromClient.SerializeToString,
@@ -324,6 +325,10 @@ class Link:
         except grpc.RpcError as error:
             details = getattr(error, "details", lambda: None)()
             self._why = details or type(error).__name__
+            # The error is the call itself. In a circle with its traceback it would live until the
+            # interpreter ends, and its finalizer then waits for a lock that a thread of gRPC's took
+            # along: 1 process in 60 hung.
+            error.__traceback__ = None
         finally:
             with self._lock:
                 self.connected = False
@@ -334,6 +339,7 @@ class Link:
                 question.inbox.put(_GONE)
             channel.close()
             entry.close()
+            call = None  # so that it ends here, by this thread
 
     def _say(self, outgoing: queue.SimpleQueue[Any]) -> Iterator[Any]:
         """What this side says, run by a thread of gRPC's."""
