@@ -55,8 +55,7 @@ class Room:
     def growth(self, sequence: Sequence) -> int:
         """Pages a sequence will ask for soon: in its next `growth_tokens` tokens, or, under a
         policy with slices, in a whole slice if that is longer, counted from the pages it has.
-        With stores, in its next `swap_growth_tokens`. In a burst of 64 x (64 in, 512 out) over a
-        pool for 8, slices of 32 steps, 4 tokens made 4% more of the pool than 48."""
+        With stores, in its next `swap_growth_tokens`: running short costs little there."""
         known, slice_steps = sequence.total_len, int(self._policy.growth_steps)
         horizon = max(self._config.growth_tokens, slice_steps)
         if self._residency is not None:
