@@ -262,7 +262,8 @@ class HostStore(_Slots):
     """Pages in memory of this process.
 
     With `grows` it takes memory from the system as it fills, one step ahead of need, in a thread
-    of its own, for neither a start nor a step should wait for that. `capacity` is what it may become; when the system has no more, what it is.
+    of its own, for neither a start nor a step should wait for that. `capacity` is what it may
+    become; when the system has no more, what it is.
 
     Raises:
       ConfigError: the memory isn't there, or not enough for one slot.
