@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, ValuesView
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.runner import PromptRows, Runner, StepRecord
 from aqua_jax.errors import EngineDeadError, RequestError
 from aqua_jax.prompts import Prompt
+from aqua_jax.scheduling.plan import Plan
+from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.sequence import Sequence, Status
 
 _RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for
@@ -39,7 +41,12 @@ _MOVES_WAIT_S = 0.05  # longest wait for page moves in one `step`: requests may 
 
 
 class Engine:
-    """An inference engine over one model. Not thread-safe: one thread calls all methods."""
+    """An inference engine over one model. Not thread-safe: one thread calls all methods.
+
+    Attributes:
+      observe: told every step's plan and its seconds on the device, when its tokens have come;
+        None: nobody is.
+    """
 
     def __init__(
         self, config: EngineConfig, *, progress: Callable[[int, int], None] | None = None
@@ -76,6 +83,7 @@ class Engine:
         self._failures_in_row = 0
         self._taken_in = 0.0  # when the last step's results had come, on time.perf_counter()
         self._dead: BaseException | None = None
+        self.observe: Callable[[Plan, float], None] | None = None
 
     # Requests.
 
@@ -158,6 +166,24 @@ class Engine:
     def num_live_requests(self) -> int:
         """Requests accepted and not ended."""
         return len(self._requests)
+
+    # For those who look inside and change nothing.
+
+    @property
+    def requests(self) -> ValuesView[Request]:
+        """Those accepted and not ended, in order of arrival."""
+        return self._requests.values()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Who runs next, and where everyone's pages are."""
+        return self._scheduler
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page of keys and values."""
+        kv = self._runner.kv
+        return kv.nbytes // kv.shape[0]
 
     # Steps.
 
@@ -284,7 +310,7 @@ class Engine:
         banned = tuple(sorted(stops)) if params.min_tokens else ()
         return Sample(sequence, output, detokenizer, stops, banned)
 
-    def _count_plan(self, plan: Any) -> None:
+    def _count_plan(self, plan: Plan) -> None:
         metrics = self.metrics
         metrics.steps += bool(plan.chunks)
         metrics.preemptions += len(plan.preempted)
@@ -302,6 +328,8 @@ class Engine:
         # The device began with it when it had been dispatched and the step before had ended.
         began = max(record.dispatched, self._taken_in)
         self._scheduler.costs.observe_step(record.prefill, record.decodes, ended - began)
+        if self.observe is not None:
+            self.observe(record.plan, ended - began)
         self._taken_in = ended
         if self._trace is not None:
             self._trace.taken_in(record, started)

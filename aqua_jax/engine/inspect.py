@@ -28,14 +28,12 @@ def inspect(engine: Engine) -> dict[str, Any]:
       "arrived" and "time" in seconds of `time.monotonic()`, a "slice_left" without end infinite;
       "users": vruntime by name; "stats": `Engine.stats()`.
     """
-    scheduler = engine._scheduler
-    backed = {} if scheduler.residency is None else scheduler.residency._backed
-    none: int | None = None if scheduler.residency is None else 0
-    accounts = getattr(scheduler.policy, "_accounts", {})  # of `fair`
+    policy, residency = engine.scheduler.policy, engine.scheduler.residency
+    none: int | None = None if residency is None else 0
     users: dict[str, float] = {}
     running, finished = Status.RUNNING, Status.FINISHED
     rows = []
-    for request in engine._requests.values():
+    for request in engine.requests:
         metrics = request.output.metrics
         arrived, first = metrics.arrival_time, metrics.first_token_time
         ttft = None if first is None else first - arrived
@@ -48,14 +46,12 @@ def inspect(engine: Engine) -> dict[str, Any]:
             else:
                 state = "swapped" if sequence.swapped else "waiting"
             vruntime = slice_left = None
-            account = accounts.get(sequence)
-            if account is not None:
-                vruntime, slice_left = account.vruntime, account.slice_left
-                users[sequence.user] = account.user.vruntime
+            standing = policy.standing(sequence)
+            if standing is not None:
+                vruntime, slice_left, users[sequence.user] = standing
             peer, host = none, none
-            copies = backed.get(sequence)
-            if copies:
-                names = [copy.store.name for copy in copies if copy.tokens]
+            if residency is not None:
+                names = [copy.store.name for copy in residency.copies(sequence) if copy.tokens]
                 peer = names.count("peer")
                 host = len(names) - peer
             prompt = sequence.prompt_len

@@ -42,6 +42,7 @@ class StepRecord:
     """A dispatched step whose tokens the host has not read yet."""
 
     step_id: int
+    plan: Plan
     rows: tuple[Sequence, ...]  # whose token each row is; it may have ended since
     packed: jax.Array | None  # i32[R, W], None when no row wanted a token
     prompt_rows: tuple[PromptRows, ...]
@@ -140,7 +141,7 @@ class Runner:
         rows = tuple(chunk.sequence for chunk in sampled)
         decodes = sum(chunk.count == 1 for chunk in plan.chunks)
         return StepRecord(
-            plan.step_id, rows, packed, prompt_rows, prompt_packed, picked,
+            plan.step_id, plan, rows, packed, prompt_rows, prompt_packed, picked,
             plan.num_tokens - decodes, decodes, time.perf_counter(),
         )
 

@@ -45,7 +45,6 @@ class Residency:
           verify: moves carry checksums.
         """
         self.tiers = Tiers(stores)
-        self.stores = self.tiers.stores
         self.verify = verify
         self.counters = ResidencyCounters()
         self._pool = pool
@@ -72,7 +71,7 @@ class Residency:
     @property
     def usable(self) -> bool:
         """Whether any store can hold anything."""
-        return any(store.capacity and not store.lost for store in self.stores)
+        return any(store.capacity and not store.lost for store in self.tiers.stores)
 
     @property
     def leaving(self) -> int:
@@ -87,6 +86,10 @@ class Residency:
     def arriving(self, owner: Hashable) -> bool:
         """Whether pages of the owner are still being copied in."""
         return owner in self._awaited
+
+    def copies(self, owner: Hashable) -> Sequence[Stored]:
+        """Copies of the owner's leading pages, in stores or on their way there."""
+        return self._backed.get(owner, ())
 
     def backed_tokens(self, owner: Hashable) -> int:
         """Tokens of the owner that are in stores or on their way there."""
@@ -143,10 +146,7 @@ class Residency:
 
     def sound_tokens(self, owner: Hashable) -> int:
         """Tokens from the first on that the pages of such an owner really hold."""
-        tokens = 0
-        for stored in self._backed.get(owner, ()):
-            tokens += stored.home_tokens
-        return tokens
+        return sum(stored.home_tokens for stored in self.copies(owner))
 
     # What happens to owners.
 
@@ -318,15 +318,14 @@ class Residency:
         if self.backed_tokens(owner) > tokens:
             self.cut(owner, backed[whole])
 
-    def respond(self, copy: Copy) -> None:
+    def respond(self, copy: Copy, climb: int = 0) -> None:
         """Gives back what lenders want, at a step boundary; a flag's look when they want nothing.
 
-        A few pages per call move to the next tier with room, or are given up.
-
         Args:
-          copy: copies one slot's bytes to another's, now.
+          copy: begins to copy one slot's bytes to another's.
+          climb: pages that may be on their way to a faster tier; 0: none set out.
         """
-        self._reclaim.respond(copy)
+        self._reclaim.respond(copy, climb)
 
     # For `reclaim`, too.
 
@@ -374,7 +373,6 @@ class Residency:
         if stored is not None:
             self._settle_home(stored, page, 0)
         return stored
-
 
     def _drop_duplicate(self, asking: Hashable) -> bool:
         """Gives up a copy whose content is in the pool and needed there: of the owner that came

@@ -40,7 +40,7 @@ from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import Load, Machine, WaitingBound, waiting_bound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.limits import SchedulerConfig
-from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.sequence import Sequence, Standing
 from aqua_jax.scheduling.slices import SliceConfig, Slices
 from aqua_jax.scheduling.virtual_time import Member, VirtualTimeQueue
 
@@ -138,6 +138,13 @@ class Fair:
         if self._costs is None:
             return 1.0
         return min(max(self._costs.prefill, _LEAST_PREFILL_COST), 1.0)
+
+    def standing(self, sequence: Sequence) -> Standing | None:
+        """Its account; None once it has ended."""
+        account = self._accounts.get(sequence)
+        if account is None:
+            return None
+        return Standing(account.vruntime, account.slice_left, account.user.vruntime)
 
     # The waiting queue.
 

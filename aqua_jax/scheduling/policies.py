@@ -19,7 +19,7 @@ from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.fair import Fair
 from aqua_jax.scheduling.limits import SchedulerConfig
-from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.sequence import Sequence, Standing
 
 _WRITE_BEHIND = 1  # sequences of the worst rank whose pages are copied ahead: most never go
 
@@ -80,6 +80,9 @@ class Policy(Protocol):
         self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
     ) -> WaitingBound | None:
         """The longest wait of a runnable sequence under the present load, where there is one."""
+
+    def standing(self, sequence: Sequence) -> Standing | None:
+        """Where a sequence stands; None: no account of it is kept."""
 
 
 class _Ranked:
@@ -142,6 +145,10 @@ class _Ranked:
         self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
     ) -> WaitingBound | None:
         """None: others may run for as long as they like."""
+        return None
+
+    def standing(self, sequence: Sequence) -> Standing | None:
+        """None: its rank is all there is."""
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import NamedTuple
 
 from aqua_jax.paging.pages import PageHandle
 from aqua_jax.paging.prefix import DigestChain
@@ -15,6 +16,14 @@ class Status(enum.Enum):
     WAITING = enum.auto()  # holds no page and no slot: new, or preempted
     RUNNING = enum.auto()  # holds a slot and the pages of all it has computed, or that arrive
     FINISHED = enum.auto()  # holds nothing and never will again
+
+
+class Standing(NamedTuple):
+    """What a policy that keeps accounts says of a live sequence, for people to look at."""
+
+    vruntime: float  # weighted service, on its user's scale
+    slice_left: float  # decode steps; infinite: a slice without end
+    user_vruntime: float
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.limits import SchedulerConfig
-from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.sequence import Sequence, Standing
 
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0  # the paper's w_p and w_q
 
@@ -128,4 +128,8 @@ class VirtualTokenCounter:
         self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
     ) -> WaitingBound | None:
         """None: others may run for as long as they like."""
+        return None
+
+    def standing(self, sequence: Sequence) -> Standing | None:
+        """None: its counters are of users."""
         return None
