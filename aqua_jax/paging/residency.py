@@ -45,6 +45,7 @@ class Residency:
           verify: moves carry checksums.
         """
         self.tiers = Tiers(stores)
+        self.stores = self.tiers.stores
         self.verify = verify
         self.counters = ResidencyCounters()
         self._pool = pool
@@ -71,7 +72,7 @@ class Residency:
     @property
     def usable(self) -> bool:
         """Whether any store can hold anything."""
-        return any(store.capacity and not store.lost for store in self.tiers.stores)
+        return any(store.capacity and not store.lost for store in self.stores)
 
     @property
     def leaving(self) -> int:
@@ -318,14 +319,15 @@ class Residency:
         if self.backed_tokens(owner) > tokens:
             self.cut(owner, backed[whole])
 
-    def respond(self, copy: Copy, climb: int = 0) -> None:
+    def respond(self, copy: Copy) -> None:
         """Gives back what lenders want, at a step boundary; a flag's look when they want nothing.
 
+        A few pages per call move to the next tier with room, or are given up.
+
         Args:
-          copy: begins to copy one slot's bytes to another's.
-          climb: pages that may be on their way to a faster tier; 0: none set out.
+          copy: copies one slot's bytes to another's, now.
         """
-        self._reclaim.respond(copy, climb)
+        self._reclaim.respond(copy)
 
     # For `reclaim`, too.
 
@@ -373,6 +375,7 @@ class Residency:
         if stored is not None:
             self._settle_home(stored, page, 0)
         return stored
+
 
     def _drop_duplicate(self, asking: Hashable) -> bool:
         """Gives up a copy whose content is in the pool and needed there: of the owner that came
