@@ -238,6 +238,11 @@ class EngineConfig:
             host is None or (_is_int(host) and host >= 0), "host_kv_memory",
             "bytes, an integer >= 0, or null",
         )
+        check(
+            not host or self.swaps, "host_kv_memory",
+            f"0 or null with policy {self.policy}, which recomputes; bytes with "
+            + ", ".join(SWAPPING),
+        )
         check(isinstance(self.peer, str), "peer", "a lender's socket, or empty")
         check(
             not self.peer or self.swaps, "peer",

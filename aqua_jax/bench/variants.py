@@ -17,6 +17,8 @@ from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.config import SWAPPING, EngineConfig
 
 FLOOR, IDEAL = "floor", "ideal"
+# Of a run that recomputes what gives way: it has no use for memory to keep pages in.
+_NO_STORES = {"peer": "", "peer_kv_memory": None, "host_kv_memory": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def of_policies(policies: Sequence[str], slices: Sequence[int] = ()) -> list[Var
     for policy in policies:
         changes: dict[str, Any] = {"policy": policy}
         if policy not in SWAPPING:
-            changes |= {"peer": "", "peer_kv_memory": None}  # it has no use for a lender
+            changes |= _NO_STORES
         found.append(Variant(policy, changes))
     return found + [
         Variant(f"fair/{steps}", {"policy": "fair", "slice_steps": steps}) for steps in slices
@@ -77,7 +79,7 @@ def _unlimited(
 ) -> dict[str, Any]:
     """Changes that take away the pressure: a pool for everything, so that nobody gives way."""
     return {
-        "policy": "fcfs", "peer": "", "peer_kv_memory": None,
+        "policy": "fcfs", **_NO_STORES,
         "kv_cache_tokens": unlimited_tokens(requests, config, output),
     }
 

@@ -117,12 +117,10 @@ def run(flags: FlagSet) -> int:
     """
     names = _workloads(flags)
     policies = _policies(flags)
-    overrides: dict[str, Any] = {}
-    if flags.policies is not None or flags.slices is not None:
-        # What is checked together with the policy must fit one of those that run.
-        swapping = [one for one in (*policies, *(["fair"] * bool(flags.slices))) if one in SWAPPING]
-        overrides["policy"] = (swapping or policies)[0]
-    config = common.engine_config(flags, **overrides)
+    chosen = [*policies, *(["fair"] * bool(flags.slices))]
+    # What is checked together with the policy must fit one of those that run.
+    fitting = next((one for one in chosen if one in SWAPPING), chosen[0])
+    config = common.engine_config(flags, chosen, policy=fitting)
     if names == ["load"] or names == ["trace"]:
         return _run_load(flags, config, policies, names[0])
 

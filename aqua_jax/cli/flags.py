@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.cli.parsers import format_size
-from aqua_jax.config import LOGPROBS_LIMIT, EngineConfig, SamplingParams
+from aqua_jax.config import LOGPROBS_LIMIT, SWAPPING, EngineConfig, SamplingParams
 from aqua_jax.errors import FieldError
 
 # Fields whose flag has another name: --max_new_tokens is what newcomers look for.
 SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
+
+# Flags that mean something only under some policies.
+POLICY_FLAGS = {"slice_steps": ("fair",), "tbt_slo_ms": ("fair",), "verify_pages": SWAPPING}
 
 # Fields of SamplingParams that a command line has no use for.
 NO_FLAG = ("detokenize",)
@@ -165,18 +168,30 @@ def as_usage(error: FieldError) -> UsageError:
     return UsageError(f"flag --{flag}={error.value}: allowed: {error.allowed}")
 
 
-def engine_config(flags: FlagSet, **overrides: Any) -> EngineConfig:
+def engine_config(
+    flags: FlagSet, policies: Sequence[str] | None = None, **overrides: Any
+) -> EngineConfig:
     """The configuration that the flags ask for.
 
     Args:
       flags: parsed, with the flags of `define_engine_flags`.
+      policies: under which engines will run; None: --policy's alone.
       **overrides: fields that a command sets itself.
 
     Raises:
-      UsageError: --model is missing, or a value is not allowed.
+      UsageError: --model is missing, a value is not allowed, or a flag would do nothing.
     """
     if not flags.model:
         raise UsageError("--model is required: a directory, a .gguf file, or demo")
+    if flags.given("kv_cache_memory") and flags.given("kv_cache_tokens"):
+        raise UsageError("--kv_cache_memory and --kv_cache_tokens say the same; give one of them")
+    policies = policies or [flags.policy]
+    for name, meant in POLICY_FLAGS.items():
+        if flags.given(name) and not set(policies) & set(meant):
+            raise UsageError(
+                f"flag --{name} means nothing to policy {', '.join(policies)}; it is for "
+                + ", ".join(meant)
+            )
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(EngineConfig)}
     try:
         return EngineConfig(**{**values, **overrides})

@@ -52,8 +52,10 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
     """
     why = _why_not(config, attention)
     if why:
-        if config.peer or config.host_kv_memory:
-            logging.warning("pages that give way are recomputed, not kept: %s", why)
+        if config.peer:
+            raise ConfigError("peer", config.peer, f"empty here: {why}")
+        if config.host_kv_memory:
+            raise ConfigError("host_kv_memory", config.host_kv_memory, f"0 or null here: {why}")
         return Tiers((), f"none: {why}")
     with contextlib.ExitStack() as opened:
         stores: list[OwnedStore] = []

@@ -158,12 +158,14 @@ def test_every_run_has_a_fresh_engine_and_the_same_load():
         return engines[-1]
 
     load = Load(requests_at(0, 0, 90), 32, 9, 9)
-    config = EngineConfig(model="m", peer="socket", policy="fair", trace_events="a.b/out.json")
+    config = EngineConfig(
+        model="m", peer="socket", host_kv_memory=77, policy="fair", trace_events="a.b/out.json"
+    )
     chosen = of_policies(["fcfs", "fair"], [5])
     report, runs = compare(config, chosen, load, 2, make_engine, clock)
-    order = [(one.policy, one.slice_steps, one.peer) for one in configs]
-    # The second repeat goes the other way round; fcfs, which recomputes, borrows nothing.
-    turn = [("fcfs", None, ""), ("fair", None, "socket"), ("fair", 5, "socket")]
+    order = [(one.policy, one.slice_steps, one.peer, one.host_kv_memory) for one in configs]
+    # The second repeat goes the other way round; fcfs, which recomputes, keeps no pages.
+    turn = [("fcfs", None, "", None), ("fair", None, "socket", 77), ("fair", 5, "socket", 77)]
     assert order == turn + turn[::-1]
     assert configs[2].trace_events == "a.b/out.fair-5.1.json"
     assert len({one.trace_events for one in configs}) == 6
@@ -191,7 +193,8 @@ def test_the_floor_and_the_ideal_take_the_pressure_away():
 
     load = Load(requests_at(0, 0, 0, 0, output=6), 32, 9, 9)
     config = EngineConfig(
-        model="m", policy="fair", peer="socket", kv_cache_tokens=32, max_num_seqs=3
+        model="m", policy="fair", peer="socket", host_kv_memory=77, kv_cache_tokens=32,
+        max_num_seqs=3,
     )
     report, _ = compare(
         config, of_policies(["fcfs", "fair"]), load, 2, make_engine, clock, with_floor=True,

@@ -92,6 +92,27 @@ def test_help_is_quick_and_imports_no_jax():
         (("batch", "--model=x", "--input=a"), ["--output is required"]),
         (("batch", "--model=x", "--input=/no/a", "--output=b"), ["--input=/no/a", "exists"]),
         (("bench", "--model=x", "--workload=sngle"), ["--workload=sngle", "single, prefill"]),
+        (
+            ("bench", "--model=x", "--kv_cache_tokens=64", "--kv_cache_memory=1MiB"),
+            ["give one of them"],
+        ),
+        (
+            ("serve", "--model=x", "--policy=fcfs", "--host_kv_memory=1GiB"),
+            ["--host_kv_memory=", "0 or null with policy fcfs"],
+        ),
+        (
+            ("serve", "--model=x", "--policy=priority", "--slice_steps=4"),
+            ["--slice_steps", "policy priority", "for fair"],
+        ),
+        (
+            ("bench", "--model=x", "--workload=burst", "--policies=fcfs,priority",
+             "--tbt_slo_ms=4"),
+            ["--tbt_slo_ms", "policy fcfs, priority", "for fair"],
+        ),
+        (
+            ("generate", "--model=x", "--prompt=p", "--policy=fcfs", "--verify_pages"),
+            ["--verify_pages", "policy fcfs", "fair, fcfs_swap, priority"],
+        ),
     ],
 )
 def test_wrong_usage_is_a_short_message_and_status_2(capsys, arguments, words):
@@ -130,9 +151,9 @@ def test_flags_set_every_field():
     flags.parse([
         "--model=m", "--tokenizer=t", "--load_format=dummy", "--dtype=float32",
         "--kv_dtype=float32",
-        "--kv_cache_memory=1.5GiB", "--kv_cache_tokens=4096", "--page_tokens=32",
+        "--kv_cache_tokens=4096", "--page_tokens=32",
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
-        "--noprefix_caching", "--policy=priority", "--slice_steps=9", "--tbt_slo_ms=5",
+        "--noprefix_caching", "--policy=priority",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
         "--trace_events=e.json",
         "--attention=reference", "--matmul=xla",
@@ -145,12 +166,18 @@ def test_flags_set_every_field():
         field.name for field in dataclasses.fields(EngineConfig)
         if getattr(config, field.name) == field.default
     ]
-    assert changed == []
-    assert config.kv_cache_memory == 3 << 29 and config.compile_cache_dir == ""
+    assert changed == ["kv_cache_memory", "slice_steps", "tbt_slo_ms"]
+    assert config.compile_cache_dir == ""
     assert config.host_kv_memory == 0 and config.peer_kv_memory == 1 << 30
     params = common.sampling_params(flags)
     assert params.stop == ("a", "b") and params.stop_token_ids == (4,)
     assert (params.n, params.seed, params.logprobs, params.max_tokens) == (2, 8, 0, 9)
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    flags.parse(["--model=m", "--kv_cache_memory=1.5GiB", "--slice_steps=9", "--tbt_slo_ms=5"])
+    config = common.engine_config(flags)
+    assert (config.kv_cache_memory, config.slice_steps, config.tbt_slo_ms) == (3 << 29, 9, 5.0)
 
 
 @pytest.mark.parametrize(

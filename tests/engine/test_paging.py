@@ -255,9 +255,12 @@ def test_without_the_library_pages_are_recomputed(folder, monkeypatch, expected)
     monkeypatch.setattr(
         library, "use", lambda target: target != "aqua_enqueue_moves" and use(target)
     )
-    with tight(folder, host_kv_memory=1 << 20) as engine:
+    with tight(folder) as engine:
         assert ids(run_all(engine, work())) == expected
         assert engine.stats()["implementations"]["moves"].startswith("none: ")
+    for asked in ({"host_kv_memory": 1 << 20}, {"peer": "a socket"}):
+        with pytest.raises(ConfigError, match=r"(0 or null|empty) here: "):
+            tight(folder, **asked)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +276,9 @@ def test_without_the_library_pages_are_recomputed(folder, monkeypatch, expected)
         ({"host_kv_memory": 100}, "host_kv_memory"),
         ({"host_kv_memory": 1 << 50}, "host_kv_memory"),
         ({"host_kv_memory": -1}, "host_kv_memory"),
+        ({"host_kv_memory": 1 << 20, "policy": "fcfs"}, "host_kv_memory"),
+        ({"host_kv_memory": 1 << 20, "attention": "reference"}, "host_kv_memory"),
+        ({"peer": "PATH", "attention": "reference"}, "peer"),
         ({"verify_pages": 1}, "verify_pages"),
     ],
 )
