@@ -80,6 +80,10 @@ class SlotState:
             self.page_table[slot, filled : len(pages)] = [handle.id for handle in pages[filled:]]
             self._filled[slot] = len(pages)
 
+    def refill(self, slot: int) -> None:
+        """The pages of a slot's sequence are others now."""
+        self._filled[slot] = 0
+
     def _fill_sampling(self, slot: int, request: Request, sample: Sample) -> None:
         params, views = request.params, self.sampling
         views["slots"][slot] = slot
@@ -132,6 +136,8 @@ class Runner:
             if packed_moves is not None and len(packed_moves[0]):
                 self._dispatch_moves(*packed_moves)
             return None
+        for sequence in plan.moved:
+            self._slots.refill(sequence.slot)
         vector, bucket = self._forward_vector(plan, packed_moves)
         sampled = [chunk for chunk in plan.chunks if chunk.sample]
         forward = self.programs.forward(bucket)

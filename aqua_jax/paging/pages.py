@@ -163,6 +163,21 @@ class PagePool:
         return self.num_pages - self.available
 
     @property
+    def certain(self) -> int:
+        """Pages that one sequence can always have, if all others give way."""
+        return self.num_pages
+
+    @property
+    def usable(self) -> int:
+        """Pages there are now; fewer than `num_pages` where some are lent (`withdrawal`)."""
+        return self.num_pages
+
+    @property
+    def draining(self) -> int:
+        """Pages in use that their holders should leave."""
+        return 0
+
+    @property
     def available(self) -> int:
         """Pages that `allocate` can hand out: free and cached ones."""
         return len(self._free) + len(self._evictable)

@@ -305,9 +305,8 @@ class Residency:
         self._awaited.clear()
         for move in list(self._moves):
             self._finish(move, False, None)
-        self._inward.clear()
-        self._outward.clear()
-        self._failed.clear()
+        for left in (self._inward, self._outward, self._failed):
+            left.clear()
         for stored in self._by_page.values():
             stored.home, stored.home_tokens = None, 0
         self._by_page.clear()
@@ -328,6 +327,11 @@ class Residency:
           copy: copies one slot's bytes to another's, now.
         """
         self._reclaim.respond(copy)
+
+    def moved(self, old: PageHandle, new: PageHandle) -> None:
+        """What a page of the pool held is in another one now."""
+        if (stored := self._by_page.pop(old, None)) is not None:
+            stored.home, self._by_page[new] = new, stored
 
     # For `reclaim`, too.
 
@@ -375,7 +379,6 @@ class Residency:
         if stored is not None:
             self._settle_home(stored, page, 0)
         return stored
-
 
     def _drop_duplicate(self, asking: Hashable) -> bool:
         """Gives up a copy whose content is in the pool and needed there: of the owner that came

@@ -65,16 +65,18 @@ class SchedulerCounters:
 def check_request(sequence: Sequence, config: SchedulerConfig, pool: PagePool) -> None:
     """Refuses what could not end even with the whole pool to itself, or be served fairly.
 
+    Of a pool that is lent in part only what always stays counts: nobody's end depends on borrowers.
+
     Raises:
       RequestError: prompt or output is too long, or empty; the weight is not a number > 0.
     """
     if not 0.0 < sequence.weight < math.inf:
         raise RequestError("weight", sequence.weight, "a number > 0")
-    limit = min(config.max_model_len, pool.num_pages * pool.page_tokens + 1)
+    limit = min(config.max_model_len, pool.certain * pool.page_tokens + 1)
     why = (
         f"max_model_len ({config.max_model_len})"
         if limit == config.max_model_len
-        else f"what the KV pool of {pool.num_pages} pages holds ({limit})"
+        else f"what the KV pool of {pool.certain} pages holds ({limit})"
     )
     if not 1 <= sequence.prompt_len < limit:
         raise RequestError(

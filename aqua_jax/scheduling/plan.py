@@ -37,6 +37,7 @@ class Plan:
     num_tokens: int
     # Copies to hand over at the head of the step, before anything else; a plan may be only these.
     moves: tuple[Move, ...] = ()
+    moved: tuple[Sequence, ...] = ()  # whose pages are others now: some of `copies` are theirs
 
 
 @dataclasses.dataclass

@@ -23,6 +23,11 @@ class Room:
         self._costs, self._slots = costs, slots
         self._pool, self._residency = holdings.pool, holdings.residency
 
+    @property
+    def copies(self) -> int:
+        """Page copies inside the pool that one plan has room for."""
+        return self._config.max_num_seqs
+
     def needs(self, sequence: Sequence) -> int:
         """Pages a running sequence will ask for before a copy begun now has ended."""
         soon = min(sequence.total_len + _AHEAD_STEPS, sequence.max_total_tokens - 1)

@@ -58,6 +58,7 @@ from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Draft, Plan
 from aqua_jax.scheduling.policies import Policy
+from aqua_jax.scheduling.relocation import relocate
 from aqua_jax.scheduling.room import Room
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slots import Slots
@@ -439,6 +440,8 @@ class Scheduler:
             moves = self.residency.take_moves(self.config.max_moves)
         if not draft.chunks and not moves:
             return None
+        copies = list(draft.copies.values())
+        moved = relocate(self.holdings, self.room, self._running, copies) if draft.chunks else ()
         num_tokens = self.config.max_step_tokens - draft.budget
         for chunk in draft.chunks:
             sequence = chunk.sequence
@@ -453,8 +456,8 @@ class Scheduler:
             if sequence.num_computed >= sequence.prompt_len - 1:
                 self._release_forks(sequence)
         plan = Plan(
-            self.counters.plans, tuple(draft.chunks), tuple(draft.copies.values()),
-            tuple(draft.preempted), num_tokens, moves,
+            self.counters.plans, tuple(draft.chunks), tuple(copies), tuple(draft.preempted),
+            num_tokens, moves, moved,
         )
         self.counters.plans += 1
         self.counters.tokens += num_tokens

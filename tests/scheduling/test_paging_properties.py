@@ -83,10 +83,10 @@ def policy_of(case: Case) -> Policy:
 class Run:
     """Carries out a case."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, pool: PagePool | None = None) -> None:
         self.case, self.rng = case, random.Random(case.seed)
         evictable = FarthestNextUse() if case.farthest else LeastRecentlyUsed()
-        self.pool = PagePool(case.num_pages, case.page_tokens, evictable)
+        self.pool = pool or PagePool(case.num_pages, case.page_tokens, evictable)
         self.peer: PeerStore | None = None
         stores: list[Any] = [host_store(case.host_slots, case.page_tokens)]
         if case.peer_slots:

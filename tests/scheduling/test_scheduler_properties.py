@@ -79,12 +79,12 @@ def cases(draw: st.DrawFn) -> Case:
 class Run:
     """Carries out a case and checks each plan."""
 
-    def __init__(self, case: Case, policy: str) -> None:
+    def __init__(self, case: Case, policy: str, pool: PagePool | None = None) -> None:
         self.case = case
         self.name = policy
         self.steps = 0
         self.rng = random.Random(case.seed)
-        self.pool = PagePool(case.num_pages, case.page_tokens)
+        self.pool = pool or PagePool(case.num_pages, case.page_tokens)
         self.policy = POLICIES[policy](case)
         self.scheduler = Scheduler(
             SchedulerConfig(
