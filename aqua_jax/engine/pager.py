@@ -6,8 +6,10 @@ Nothing here waits for a copy, except where nothing else is left to do (`wait`),
 about to go away (`settle`, `reset`, `close`; each keeps the order that rule 6 of `ops.moves` asks
 for: steps, then the pool, then segments, then the stores' memory).
 
-A store whose lender is gone stays mapped until nobody holds a slot of it. From when that is noticed
-no move touches it: those on their way fail one by one, and the planner recomputes.
+Lenders' memory comes and goes at step boundaries, a store for each lease (`borrowing`). A store
+whose lender is gone stays mapped until nobody holds a slot of it. From when that is noticed no move
+touches it: those on their way fail one by one, and the planner recomputes. What goes from store to
+store is copied by a thread (`shifts`), up to a faster tier only while no other move is under way.
 """
 
 from __future__ import annotations
@@ -17,25 +19,30 @@ import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
 
+from aqua_jax.engine.borrowing import Borrowing
+from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
-from aqua_jax.paging.moves import Move, Store, StoreSlot
+from aqua_jax.paging.moves import Move, Shift, Store
+from aqua_jax.paging.stored import Tiers
 
 OwnedStore = HostStore | PeerStore
-Copy = Callable[[Store, StoreSlot, Store, StoreSlot], None]
+Copy = Callable[[Shift], None]
 
 # Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
 _NAP_S = 100e-6
 # The same while a step runs: a look takes the host 0.1 ms, and a sequence's pages more than that.
 _LONG_NAP_S = 500e-6
 _NANO = 1e-9
+# Climbing: bytes on their way at a time, and seconds that lenders have wanted nothing before.
+_CLIMB_BYTES, _CALM_S = 8 << 20, 1.0
 
 
 class Planner(Protocol):
@@ -48,8 +55,13 @@ class Planner(Protocol):
     def finished(self, move: Move, ok: bool, checksum: int | None) -> None:
         """A planned move has ended; `checksum` of what was copied out, if asked for."""
 
-    def respond(self, copy: Copy) -> None:
-        """Gives back what lenders want, moving pages from store to store with `copy`."""
+    @property
+    def tiers(self) -> Tiers:
+        """The stores it plans with; asked for only where lenders' memory comes and goes."""
+
+    def respond(self, copy: Copy, climb: int = 0) -> None:
+        """Gives back what lenders want, pages going from store to store by `copy`; up to `climb`
+        pages may be on their way to a faster one."""
 
     def abandon(self) -> None:
         """The pool's content is lost and no copy is under way: every move has ended."""
@@ -81,24 +93,30 @@ class Pager:
 
     def __init__(
         self, planner: Planner, stores: Sequence[OwnedStore], kv: jax.Array | jax.ShapeDtypeStruct,
-        *, verify: bool = False, observe: Callable[[float, float], None] | None = None,
+        *, borrowing: Borrowing | None = None, verify: bool = False,
+        observe: Callable[[float, float], None] | None = None,
         ended: Callable[[Move, bool], None] | None = None,
     ) -> None:
         """
         Args:
           planner: told what has become of each move.
           stores: where pages go, with slots of a page's bytes; owned, closed by `close`.
+          borrowing: lenders' memory; its stores are of `stores`, and those to come join them.
+            Owned. None: the stores are all there will be.
           kv: the pool, [P, L, 2, page_tokens, K, D], or its shape.
           verify: compute checksums of what is copied out.
           observe: told how many pages, in sum, were copied in how many seconds of the workers.
           ended: told about each move as the planner is, for a timeline.
         """
-        self._planner, self._verify = planner, verify
+        self._planner, self._verify, self._borrowing = planner, verify, borrowing
         self._observe, self._ended = observe, ended
         self._kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype)
         self._pool = MovePool.of(self._kv)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
+        self._shifter = Shifter()
+        self._calm_at = 0.0  # on time.monotonic(): from then on copies may climb
+        self._climb = max(1, _CLIMB_BYTES // self._pool.page_bytes)
         self._parts: dict[tuple[int, int], Part] = {}
         # Moves handed to a step, and their tickets in the same order.
         self._tickets = np.zeros(0, np.uint64)
@@ -139,21 +157,22 @@ class Pager:
         batch = MoveBatch(len(planned), self._pool)
         tickets = [self._tickets]
         for (store, inward, start, count, compared), group in groups.items():
-            tier, part = self._by_store[store], self._part(start, count)
+            part = self._part(start, count)
             # Neighbours at both ends are copied as one: slots are handed out in order.
             group.sort(key=lambda move: move.slot.id)
-            good, offsets = self._offsets(tier, group)
+            good, offsets = self._offsets(self._by_store.get(store), group)
             if not good:
                 continue
+            segment = self._by_store[store].segment
             pages = [move.page.id for move in good]
             if inward:
                 sums = np.array([move.checksum or 0 for move in good], np.uint64)
                 tickets.append(batch.copy_in(
-                    pages, tier.segment, offsets, part=part, checksums=sums if compared else None
+                    pages, segment, offsets, part=part, checksums=sums if compared else None
                 ))
             else:
                 tickets.append(batch.copy_out(
-                    pages, tier.segment, offsets, part=part, checksum=self._verify
+                    pages, segment, offsets, part=part, checksum=self._verify
                 ))
             self._under_way += good
         self._tickets = np.concatenate(tickets)
@@ -165,12 +184,14 @@ class Pager:
             part = self._parts[start, count] = Part.of_tokens(self._kv, start, count)
         return part
 
-    def _offsets(self, tier: _Tier, group: list[Move]) -> tuple[list[Move], list[int]]:
+    def _offsets(self, tier: _Tier | None, group: list[Move]) -> tuple[list[Move], list[int]]:
         """The moves of a group that can be made, and where their slots are."""
         good: list[Move] = []
         offsets: list[int] = []
         for move in group:
             try:
+                if tier is None:
+                    raise StaleHandleError("the store has been let go")
                 tier.segment.check()
                 offsets.append(tier.store.offset(move.slot))  # type: ignore[arg-type]
             except StaleHandleError:
@@ -186,7 +207,7 @@ class Pager:
 
         Only when a lender has just been found dead it waits for the one that has begun.
         """
-        self._leave_lost_stores()
+        self._tend_stores()
         ended = len(self._refused)
         if ended:
             refused, self._refused = self._refused, []
@@ -235,15 +256,33 @@ class Pager:
         if self._ended is not None:
             self._ended(move, ok)
 
-    def _leave_lost_stores(self) -> None:
-        for tier in self._tiers:
-            if tier.closed or not tier.store.lost:
+    def _tend_stores(self) -> None:
+        """Leaves stores that are lost or given back; takes in those that have come."""
+        for tier in list(self._tiers):
+            store = tier.store
+            if tier.closed or not (store.lost or store.capacity == 0):
                 continue
             if tier.segment.live:
                 tier.segment.retire(abandon=True)
-            if tier.store.in_use == 0:
-                tier.closed = True
-                tier.store.close()
+            if store.in_use == 0:
+                self._leave(tier)
+        if self._borrowing is None:
+            return
+        for store in self._borrowing.take():
+            tier = _Tier(store, _segment(store))
+            self._tiers.append(tier)
+            self._by_store[id(store)] = tier
+            self._planner.tiers.add(cast(Store, store))
+
+    def _leave(self, tier: _Tier) -> None:
+        tier.closed = True
+        store = tier.store
+        if self._borrowing is None or not isinstance(store, PeerStore):
+            store.close()
+        elif self._planner.tiers.remove(cast(Store, store)):
+            self._tiers.remove(tier)
+            del self._by_store[id(store)]
+            self._borrowing.drop(store)
 
     def linger(self, limit_s: float) -> None:
         """Gives moves into the pool a moment more, so that what they bring joins the next step.
@@ -275,8 +314,13 @@ class Pager:
         return ended
 
     def respond(self) -> None:
-        """Gives back what lenders want; cheap when they want nothing."""
-        self._planner.respond(_copy_slot)
+        """Gives back what lenders want; cheap when they want nothing. Copies climb when no move
+        is under way."""
+        now = time.monotonic()
+        if any(tier.store.wanted_slots for tier in self._tiers):
+            self._calm_at = now + _CALM_S
+        idle = now >= self._calm_at and not self._planner.outstanding
+        self._planner.respond(self._shifter.begin, self._climb if idle else 0)
 
     # Ends. Every dispatched step has run, or failed, before these.
 
@@ -296,12 +340,15 @@ class Pager:
     def close(self) -> None:
         """Waits for copies, lets go of all memory and gives back what was borrowed. Repeatable."""
         self._drop_moves()
+        self._shifter.close()
         for tier in self._tiers:
             if tier.segment.live:
                 tier.segment.retire()
             if not tier.closed:
                 tier.closed = True
                 tier.store.close()
+        if self._borrowing is not None:
+            self._borrowing.close()
 
     def _drop_moves(self) -> None:
         if self._pool.live:
@@ -317,15 +364,10 @@ class Pager:
         """
         now, before = copy_queue.counters(), self._before
         return {
-            "stores": [
-                {
-                    "name": store.name, "slot_bytes": store.slot_bytes, "capacity": store.capacity,
-                    "in_use": store.in_use, "free": store.free_slots, "lost": store.lost,
-                }
-                for store in (tier.store for tier in self._tiers)
-            ],
+            "stores": self._store_stats(),
             "bytes_out": self._bytes_out,
             "bytes_in": self._bytes_in,
+            "bytes_shifted": self._shifter.bytes,
             "moves_failed": dict(self._failed),
             "outstanding": self.outstanding,
             "wait_s": self.wait_s,
@@ -334,12 +376,29 @@ class Pager:
             "copy_cpu_s": (now.cpu_ns - before.cpu_ns) * _NANO,
         }
 
-
-def _copy_slot(source: Store, slot: StoreSlot, target: Store, place: StoreSlot) -> None:
-    """Copies a slot to another store's; nothing if either is gone, which `holds` will tell."""
-    try:
-        start = source.address(slot)  # type: ignore[attr-defined]
-        end = target.address(place)  # type: ignore[attr-defined]
-    except StaleHandleError:
-        return
-    ctypes.memmove(end, start, source.slot_bytes)
+    def _store_stats(self) -> list[dict[str, Any]]:
+        """By name; under "leases" what is lent by whom."""
+        found: dict[str, dict[str, Any]] = {}
+        borrowing = self._borrowing
+        if borrowing is not None:
+            # Lost: there was memory, its lender went, and nobody lends now.
+            found["peer"] = {
+                "name": "peer", "slot_bytes": self._pool.page_bytes, "capacity": 0, "in_use": 0,
+                "free": 0, "lost": bool(borrowing.lost or borrowing.stores), "leases": [],
+                "leases_taken": borrowing.leases, "leases_lost": borrowing.lost,
+            }
+        for store in [tier.store for tier in self._tiers]:
+            shown = found.setdefault(store.name, {
+                "name": store.name, "slot_bytes": store.slot_bytes, "capacity": 0, "in_use": 0,
+                "free": 0, "lost": True,
+            })
+            shown["capacity"] += store.capacity
+            shown["in_use"] += store.in_use
+            shown["free"] += store.free_slots
+            shown["lost"] = store.lost and shown["lost"]
+            if isinstance(store, PeerStore) and "leases" in shown:
+                shown["leases"].append({
+                    "lender": store.lease.lender, "capacity": store.capacity,
+                    "in_use": store.in_use, "wanted": store.wanted_slots, "lost": store.lost,
+                })
+        return list(found.values())

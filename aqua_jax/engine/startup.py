@@ -128,7 +128,7 @@ def _build(
         counts_rows=pack or not config.deterministic,
         attention=attention,
         head_dim=model.head_dim,
-        max_moves=min(_MAX_MOVES, 2 * num_pages) if tiers.stores else 0,
+        max_moves=min(_MAX_MOVES, 2 * num_pages) if tiers.usable else 0,
     )
     shape = (
         num_pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim
@@ -146,15 +146,14 @@ def _build(
     scheduler = _scheduler(config, num_pages, max_model_len, tiers, spec.max_moves)
     trace = None
     if config.trace_events:
-        trace = TraceEvents(
-            config.trace_events, scheduler.pool, cast(tuple[Store, ...], tiers.stores)
-        )
+        stores = () if scheduler.residency is None else scheduler.residency.tiers
+        trace = TraceEvents(config.trace_events, scheduler.pool, stores)
         opened.callback(trace.close)
     pager = None
     if scheduler.residency is not None:
         pager = Pager(
-            scheduler.residency, tiers.stores, kv, verify=config.verify_pages,
-            observe=scheduler.costs.observe_moves,
+            scheduler.residency, tiers.stores, kv, borrowing=tiers.borrowing,
+            verify=config.verify_pages, observe=scheduler.costs.observe_moves,
             ended=None if trace is None else trace.move_finished,
         )
         opened.callback(pager.close)
@@ -179,14 +178,14 @@ def _build(
 def _scheduler(
     config: EngineConfig, num_pages: int, max_model_len: int, tiers: Tiers, max_moves: int
 ) -> Scheduler:
-    evictable = FarthestNextUse() if tiers.stores else LeastRecentlyUsed()
+    evictable = FarthestNextUse() if tiers.usable else LeastRecentlyUsed()
     pool = PagePool(num_pages, config.page_tokens, evictable)
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
         max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
     )
     prefix = PrefixCache(pool) if config.prefix_caching else None
-    if not tiers.stores:
+    if not tiers.usable:
         return Scheduler(limits, _policy(config), pool, prefix)
     return Scheduler(
         dataclasses.replace(limits, max_moves=max_moves), _policy(config), pool, prefix,

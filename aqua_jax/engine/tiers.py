@@ -1,7 +1,7 @@
-"""Opens the memory that pages go to when their sequence gives way: a lender's first, then our own.
+"""Opens the memory that pages go to when their sequence gives way: lenders' first, then our own.
 
-What the user asked for and can't be had is an error that says so, at the start. What is only a
-default is left out, and the log says why.
+What the user asked for and can't be had is an error that says so, at the start; a lender without
+room is none, for it may have some later. What is only a default is left out, and the log says why.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import dataclasses
 from absl import logging
 
 from aqua_jax.config import EngineConfig
+from aqua_jax.engine.borrowing import Borrowing
 from aqua_jax.engine.pager import OwnedStore
-from aqua_jax.errors import ConfigError, LenderError
-from aqua_jax.memory.arena import PAGE, available_memory
-from aqua_jax.memory.borrower import Borrower
-from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.stores import HostStore, PeerStore
+from aqua_jax.errors import AquaError, ConfigError
+from aqua_jax.memory import sources
+from aqua_jax.memory.arena import available_memory
+from aqua_jax.memory.stores import HostStore
 from aqua_jax.ops import library
 
 # Own memory by default: so many pools, but no more than one part in _HOST_SHARE of what is there.
@@ -26,15 +26,24 @@ _HOST_FACTOR, _HOST_SHARE = 4, 4
 
 @dataclasses.dataclass(frozen=True)
 class Tiers:
-    """The stores, fastest first, and what `stats` says about moves."""
+    """The stores there are, fastest first, and what `stats` says about moves."""
 
     stores: tuple[OwnedStore, ...]
+    slot_bytes: int  # of a page
     moves: str  # "ffi", or "none: " and why
+    borrowing: Borrowing | None = None  # brings further stores; of these, the lenders' are its own
+
+    @property
+    def usable(self) -> bool:
+        """Whether pages are kept, now or once somebody lends."""
+        return bool(self.stores or self.borrowing)
 
     def close(self) -> None:
         """Gives all memory back; for when the engine isn't made after all."""
         for store in self.stores:
             store.close()
+        if self.borrowing is not None:
+            self.borrowing.close()
 
 
 def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int) -> Tiers:
@@ -47,8 +56,7 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
       page_bytes: of one page in the pool, and so of a slot.
 
     Raises:
-      ConfigError: the lender can't be reached or grants nothing, or memory that was asked for
-        isn't there.
+      ConfigError: nobody answers at the peer's socket, or memory that was asked for isn't there.
     """
     why = _why_not(config, attention)
     if why:
@@ -56,11 +64,16 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
             raise ConfigError("peer", config.peer, f"empty here: {why}")
         if config.host_kv_memory:
             raise ConfigError("host_kv_memory", config.host_kv_memory, f"0 or null here: {why}")
-        return Tiers((), f"none: {why}")
+        return Tiers((), page_bytes, f"none: {why}")
     with contextlib.ExitStack() as opened:
         stores: list[OwnedStore] = []
+        borrowing = None
         if config.peer:
-            stores.append(opened.enter_context(_peer(config, page_bytes)))
+            borrowing = _peer(config, page_bytes)
+            opened.callback(borrowing.close)
+            stores += borrowing.open()
+            if not stores:
+                logging.warning("nobody at %s lends anything now; asking on", config.peer)
         host = _host(config, pages, page_bytes)
         if host is not None:
             stores.append(opened.enter_context(host))
@@ -69,7 +82,9 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
         logging.info(
             "%s store: %d pages of %d bytes", store.name, store.capacity, store.slot_bytes
         )
-    return Tiers(tuple(stores), "ffi" if stores else "none: there is no memory to move pages to")
+    if not stores and borrowing is None:
+        return Tiers((), page_bytes, "none: there is no memory to move pages to")
+    return Tiers(tuple(stores), page_bytes, "ffi", borrowing)
 
 
 def _why_not(config: EngineConfig, attention: str) -> str:
@@ -107,47 +122,17 @@ def _host(config: EngineConfig, pages: int, page_bytes: int) -> HostStore | None
         raise ConfigError("host_kv_memory", size, error.allowed) from error
 
 
-def _peer(config: EngineConfig, page_bytes: int) -> PeerStore:
-    if config.peer_kv_memory is not None and config.peer_kv_memory < page_bytes:
+def _peer(config: EngineConfig, page_bytes: int) -> Borrowing:
+    limit = config.peer_kv_memory
+    if limit is not None and limit < page_bytes:
         raise ConfigError(
-            "peer_kv_memory", config.peer_kv_memory,
-            f"at least a page: {page_bytes} bytes for this model",
+            "peer_kv_memory", limit, f"at least a page: {page_bytes} bytes for this model"
         )
     try:
-        lease = _borrow(config, page_bytes)
-    except (LenderError, ConfigError) as error:
-        if isinstance(error, ConfigError) and error.field in ("peer", "peer_kv_memory"):
-            raise
+        source = sources.connect(config.peer, name="aqua-jax", unit=page_bytes)
+    except AquaError as error:
         raise ConfigError(
-            "peer", config.peer, f"the socket of a lender that runs (aqua-jax lend): {error}"
+            "peer", config.peer, "the socket of a lender or a coordinator that runs (aqua-jax "
+            f"lend, aqua-jax coordinator): {error}",
         ) from error
-    return PeerStore(lease, page_bytes, config.page_tokens)
-
-
-def _borrow(config: EngineConfig, page_bytes: int) -> Lease:
-    """What was asked for, or else the largest piece, by halves, of what is free."""
-    borrower = Borrower(config.peer, name="aqua-jax")
-    try:
-        free = borrower.status()["free"] // PAGE * PAGE
-        asked = config.peer_kv_memory
-        size = asked or free
-        lease = None
-        while lease is None and size >= page_bytes:
-            lease = borrower.borrow(size)
-            if asked:
-                break
-            size = size // 2 // PAGE * PAGE  # it is free, but not in one piece
-        if lease is None:
-            if asked:
-                raise ConfigError(
-                    "peer_kv_memory", asked, f"what the lender has in one piece, of {free} bytes"
-                )
-            raise ConfigError(
-                "peer", config.peer,
-                f"a lender with room for a page, {page_bytes} bytes; this one has {free}",
-            )
-    except BaseException:
-        borrower.close()
-        raise
-    borrower.close_with_leases()
-    return lease
+    return Borrowing(source, limit, page_bytes, config.page_tokens)

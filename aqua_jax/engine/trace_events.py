@@ -147,13 +147,14 @@ class TraceEvents:
         Args:
           path: of the file; replaced.
           pool: the page pool.
-          stores: tiers below it.
+          stores: tiers below it; looked at anew each time, for they come and go.
 
         Raises:
           ConfigError: the file can't be written.
         """
         self._file = _File(path)
-        self._pool, self._stores = pool, tuple(stores)
+        self._pool, self._stores = pool, stores
+        self._names: dict[str, int] = {}  # of stores
         self._start = time.perf_counter()
         self._tracks: dict[int, _Track] = {}
         self._states: dict[str, int] = dict.fromkeys((WAITING, RUNNING, SWAPPED, PREEMPTED), 0)
@@ -386,9 +387,13 @@ class TraceEvents:
 
     def _counters(self, now: float) -> None:
         self._counter("pool pages", now, {"in use": self._pool.in_use})
+        used = dict.fromkeys(self._names, 0)
         for store in self._stores:
-            used = 0 if store.lost else store.capacity - store.free_slots
-            self._counter(f"{store.name} pages", now, {"in use": used})
+            here = 0 if store.lost else store.capacity - store.free_slots
+            used[store.name] = used.get(store.name, 0) + here
+        self._names |= used  # shown from now on, if only as none
+        for name, count in used.items():
+            self._counter(f"{name} pages", now, {"in use": count})
         self._counter("requests", now, self._states)
 
     def _counter(self, name: str, now: float, values: dict[str, int]) -> None:

@@ -27,6 +27,7 @@ class Lease:
         way do no harm, but what was stored counts as lost.
       keep: bytes the lender lets us keep; `size` when it wants nothing back.
       deadline: `time.monotonic()` by which it wants the rest; None when it wants nothing.
+      lender: the lender's name, if it has one.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Lease:
         self.alive = True
         self.keep = arena.size
         self.deadline: float | None = None
+        self.lender = ""
 
     @property
     def wanted_back(self) -> int:

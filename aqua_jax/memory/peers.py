@@ -32,7 +32,8 @@ class PeerTier:
 
     def __init__(
         self, sources: Sequence[LeaseSource], limit: int | None = None, *, step: int = STEP,
-        wait_s: float = 2.0, clock: Callable[[], float] = time.monotonic,
+        wait_s: float = 2.0, pauses_s: tuple[float, float] = (RETRY_S, MOST_RETRY_S),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -40,6 +41,7 @@ class PeerTier:
           limit: most bytes to hold; None: what they lend.
           step: least bytes to ask for.
           wait_s: seconds that `grow` waits while another thread asks.
+          pauses_s: in the background, between two questions in vain: the first pause, the longest.
           clock: in seconds.
 
         Raises:
@@ -51,7 +53,7 @@ class PeerTier:
         self.segments: tuple[Segment, ...] = ()
         self.arrivals: deque[Segment] = deque()
         self._sources, self._step = tuple(sources), step
-        self._wait_s, self._clock = wait_s, clock
+        self._wait_s, self._pauses_s, self._clock = wait_s, pauses_s, clock
         self._asking = threading.Lock()  # one question at a time
         self._not_before = [float("-inf")] * len(self._sources)
         self._leases: list[LeaseSegment] = []  # all that may still hold bytes
@@ -118,7 +120,8 @@ class PeerTier:
             self._wake.set()
 
     def _run(self) -> None:
-        delay = RETRY_S
+        first, longest = self._pauses_s
+        delay = first
         while not self._closing.is_set():
             self._wake.wait()
             self._wake.clear()
@@ -127,9 +130,9 @@ class PeerTier:
                     segment = self._borrow(self._wished, patient=True)
                 if segment is None:
                     self._closing.wait(delay)
-                    delay = min(2 * delay, MOST_RETRY_S)
+                    delay = min(2 * delay, longest)
                 else:
-                    delay = RETRY_S
+                    delay = first
                     self._wished -= segment.extents.size
                     self.arrivals.append(segment)
 

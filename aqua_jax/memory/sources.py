@@ -43,14 +43,17 @@ class LenderSource:
       LenderError: nobody answers there now.
     """
 
-    def __init__(self, path: str, *, name: str = "", timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+    ) -> None:
         """
         Args:
           path: of the socket, or @name.
           name: shown in the lender's status lines.
           timeout_s: for each question to the lender.
+          unit: bytes that must be in one piece to be of use.
         """
-        self._path, self._name, self._timeout_s = path, name, timeout_s
+        self._path, self._name, self._timeout_s, self._unit = path, name, timeout_s, unit
         self._closed = False
         self._borrower = self._connect()
         # Earlier connections, and what is left of their leases.
@@ -77,10 +80,12 @@ class LenderSource:
         status = self._borrower.status()
         room = 0 if status["asked"] else min(status["free"], status["limit"] - status["lent"])
         size = min(size, room)
-        # What is free may be in pieces.
-        while size >= min(LEAST, room) > 0:
+        # What is free may be in pieces; small ones are better than nothing of a small rest.
+        least = max(1, min(self._unit, room), min(LEAST, size // PIECES))
+        while size >= least:
             lease = self._borrower.borrow(size)
             if lease is not None:
+                lease.lender = self._borrower.lender_name or self._path
                 self._leases.append(lease)
                 return (lease,)
             size //= 2
@@ -116,15 +121,19 @@ class CoordinatorSource:
       DependencyError: gRPC isn't installed.
     """
 
-    def __init__(self, path: str, *, name: str = "", timeout_s: float = 2.0) -> None:
+    def __init__(
+        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+    ) -> None:
         """
         Args:
           path: of the socket, or @name.
           name: shown in the coordinator's status, and in its quotas.
           timeout_s: for each question to the coordinator.
+          unit: bytes that must be in one piece to be of use.
         """
         from aqua_jax.memory.client import Client  # gRPC, which a lender alone doesn't need
 
+        self._unit = unit
         self._client = Client(path, name=name, timeout_s=timeout_s)
 
     def borrow(self, size: int) -> Sequence[Lease]:
@@ -133,16 +142,27 @@ class CoordinatorSource:
         Raises:
           CoordinatorError: nobody answers.
         """
-        least = min(size, LEAST)
-        return self._client.borrow(size, unit=PAGE, pieces=PIECES, minimum=least) or ()
+        unit = self._unit
+        size = max(unit, size // unit * unit)
+        # Small leases are better than none, and than nothing of a small rest.
+        least = max(unit, min(LEAST, size // PIECES) if self._client.loans else unit)
+        return self._client.borrow(size, unit=unit, pieces=PIECES, minimum=least) or ()
 
     def close(self) -> None:
         """Gives every lease back and ends the connection; may be repeated."""
         self._client.close()
 
 
-def connect(socket: str, *, name: str = "", timeout_s: float = 2.0) -> LeaseSource:
+def connect(
+    socket: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+) -> LeaseSource:
     """A source of leases at a socket, a coordinator's or a lender's.
+
+    Args:
+      socket: its path, or @name.
+      name: shown to people, and in quotas.
+      timeout_s: for each question.
+      unit: bytes that must be in one piece to be of use.
 
     Raises:
       LenderError: nobody answers there.
@@ -153,5 +173,5 @@ def connect(socket: str, *, name: str = "", timeout_s: float = 2.0) -> LeaseSour
     with contextlib.suppress(LenderError):
         # Only a coordinator has a second socket beside the first, for descriptors.
         sockets.connect(sockets.door_of(socket), timeout_s, SOCK_SEQPACKET).close()
-        return CoordinatorSource(socket, name=name, timeout_s=timeout_s)
-    return LenderSource(socket, name=name, timeout_s=timeout_s)
+        return CoordinatorSource(socket, name=name, timeout_s=timeout_s, unit=unit)
+    return LenderSource(socket, name=name, timeout_s=timeout_s, unit=unit)

@@ -49,6 +49,9 @@ class Store(Protocol):
     def allocate(self, count: int) -> list | None:
         """Hands out `count` slots, all or nothing; None when there aren't so many."""
 
+    def retain(self, slot: StoreSlot) -> None:
+        """Adds a reference; each is dropped by a `free`."""
+
     def free(self, slot: StoreSlot) -> None:
         """Drops a reference; with the last one the slot is free."""
 
@@ -78,3 +81,19 @@ class Move:
     count: int
     inward: bool  # from the store into the pool
     checksum: int | None = None  # inward: what the bytes must sum to; None: not compared
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Shift:
+    """A copy of a slot to another one, of the same store or another, beside the steps. Compared by
+    identity.
+
+    Whoever copies sets `done` when the bytes are there, from any thread; whether they still count
+    is the planner's to find out. Both slots keep a reference until then.
+    """
+
+    source: Store
+    slot: StoreSlot
+    target: Store
+    place: StoreSlot
+    done: bool = False

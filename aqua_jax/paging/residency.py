@@ -45,7 +45,6 @@ class Residency:
           verify: moves carry checksums.
         """
         self.tiers = Tiers(stores)
-        self.stores = self.tiers.stores
         self.verify = verify
         self.counters = ResidencyCounters()
         self._pool = pool
@@ -72,7 +71,7 @@ class Residency:
     @property
     def usable(self) -> bool:
         """Whether any store can hold anything."""
-        return any(store.capacity and not store.lost for store in self.stores)
+        return any(store.capacity and not store.lost for store in self.tiers.stores)
 
     @property
     def leaving(self) -> int:
@@ -318,15 +317,14 @@ class Residency:
         if self.backed_tokens(owner) > tokens:
             self.cut(owner, backed[whole])
 
-    def respond(self, copy: Copy) -> None:
+    def respond(self, copy: Copy, climb: int = 0) -> None:
         """Gives back what lenders want, at a step boundary; a flag's look when they want nothing.
 
-        A few pages per call move to the next tier with room, or are given up.
-
         Args:
-          copy: copies one slot's bytes to another's, now.
+          copy: begins to copy one slot's bytes to another's.
+          climb: pages that may be on their way to a faster tier; 0: none set out.
         """
-        self._reclaim.respond(copy)
+        self._reclaim.respond(copy, climb)
 
     def moved(self, old: PageHandle, new: PageHandle) -> None:
         """What a page of the pool held is in another one now."""

@@ -25,6 +25,7 @@ class ResidencyCounters:
     failed: int = 0  # moves that did not arrive
     refused: int = 0  # pages not copied out because no store had room
     relocated: int = 0  # pages moved down a tier because a lender wanted its memory
+    climbed: int = 0  # pages moved up a tier because there was room again
     dropped: int = 0  # copies given up for somebody else's, or for a lender
 
 
@@ -67,47 +68,78 @@ class Stored:
 
 
 class Tiers:
-    """Stores in order of preference, and the copies in their slots."""
+    """Stores in order of preference, and the copies in their slots.
+
+    Attributes:
+      stores: replaced, never changed; a lender's come and go while others stay.
+    """
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = tuple(stores)
-        self._by_slot: dict[tuple[int, int], Stored] = {}  # by the store's place and slot
+        self._by_slot: dict[Store, dict[int, Stored]] = {store: {} for store in stores}
+
+    def __iter__(self) -> Iterator[Store]:
+        return iter(self.stores)
+
+    def add(self, store: Store) -> None:
+        """One more, empty: behind those of its name, before all others."""
+        names = [one.name for one in self.stores]
+        place = len(names) - names[::-1].index(store.name) if store.name in names else 0
+        self.stores = (*self.stores[:place], store, *self.stores[place:])
+        self._by_slot[store] = {}
+
+    def remove(self, store: Store) -> bool:
+        """Forgets a store; False, and nothing changed, if copies are in it."""
+        if self._by_slot[store]:
+            return False
+        self.stores = tuple(one for one in self.stores if one is not store)
+        del self._by_slot[store]
+        return True
 
     def place(self) -> Stored | None:
         """An empty copy in the best tier with room."""
-        for place, store in enumerate(self.stores):
+        for store in self.stores:
             slots = store.allocate(1) if store.free_slots else None
             if slots:
-                stored = self._by_slot[place, slots[0].id] = Stored(store, slots[0])
+                stored = self._by_slot[store][slots[0].id] = Stored(store, slots[0])
                 return stored
         return None
 
-    def at(self, place: int, slot: StoreSlot) -> Stored | None:
+    def at(self, store: Store, slot: StoreSlot) -> Stored | None:
         """The copy in a slot."""
-        return self._by_slot.get((place, slot.id))
+        return self._by_slot.get(store, {}).get(slot.id)
 
-    def of(self, place: int) -> Iterator[Stored]:
+    def of(self, store: Store) -> list[Stored]:
         """All copies in a store."""
-        return iter([stored for (at, _), stored in self._by_slot.items() if at == place])
+        return list(self._by_slot[store].values())
 
-    def descend(self, stored: Stored) -> bool:
-        """Gives a copy an empty slot in a tier below its own; the old one is the caller's to free.
-        False, and nothing changed, when there is none."""
-        place = self.stores.index(stored.store)
-        for lower in range(place + 1, len(self.stores)):
-            store = self.stores[lower]
+    def refuge(self, stored: Stored) -> tuple[Store, StoreSlot] | None:
+        """An empty slot for a copy that has to leave its own: in the same store, or the best other
+        one that has room; None when there is none."""
+        for store in (stored.store, *self.stores):
             slots = store.allocate(1) if store.free_slots else None
             if slots:
-                del self._by_slot[place, stored.slot.id]
-                stored.store, stored.slot = store, slots[0]
-                self._by_slot[lower, slots[0].id] = stored
-                return True
-        return False
+                return store, slots[0]
+        return None
+
+    def settle(self, stored: Stored, store: Store, slot: StoreSlot) -> None:
+        """A copy is in another slot from now on; the old one is the caller's to free."""
+        del self._by_slot[stored.store][stored.slot.id]
+        stored.store, stored.slot = store, slot
+        self._by_slot[store][slot.id] = stored
+
+    def descend(self, stored: Stored) -> bool:
+        """Gives a copy another slot, as `refuge` has it; the old one is the caller's to free.
+        False, and nothing changed, when there is none."""
+        found = self.refuge(stored)
+        if found is not None:
+            self.settle(stored, *found)
+        return found is not None
 
     def free(self, stored: Stored) -> None:
         """Frees the slot of a copy that nobody owns; may be repeated."""
-        key = self.stores.index(stored.store), stored.slot.id
-        if self._by_slot.get(key) is stored:
-            del self._by_slot[key]
+        copies = self._by_slot.get(stored.store, {})
+        if copies.get(stored.slot.id) is stored:
+            del copies[stored.slot.id]
             with contextlib.suppress(StaleHandleError):  # given back, or the store was closed
                 stored.store.free(stored.slot)

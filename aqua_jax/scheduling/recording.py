@@ -121,7 +121,7 @@ class Recorder:
 def limits_of(scheduler: Scheduler) -> dict[str, Any]:
     """What a scheduler was built from, for JSON: limits, pool, stores; its policy is the caller's
     to name."""
-    stores = () if scheduler.residency is None else scheduler.residency.stores
+    stores = () if scheduler.residency is None else scheduler.residency.tiers.stores
     costs = scheduler.costs.config
     assert not any(math.isinf(value) for value in vars(costs).values())
     return {

@@ -138,7 +138,7 @@ class Simulator:
         self._costs: Costs | None = getattr(scheduler, "costs", None)
         stores = getattr(scheduler, "stores", ())
         if self._residency is not None:
-            stores = self._residency.stores
+            stores = self._residency.tiers.stores
         self._stores: tuple[Store, ...] = tuple(stores)
         self._steps_wait = bool(getattr(scheduler, "steps_wait_for_moves", False))
         self._host_s = host_s

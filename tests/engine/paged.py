@@ -40,7 +40,7 @@ class Planner:
         self.ended.append((move, ok, checksum))
         self.outstanding -= 1
 
-    def respond(self, copy: Copy) -> None:
+    def respond(self, copy: Copy, climb: int = 0) -> None:
         if self.responses:
             self.responses.popleft()(copy)
 

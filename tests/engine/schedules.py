@@ -179,7 +179,7 @@ class Schedule:
         """A byte of what a store holds becomes another."""
         residency = engine._scheduler.residency
         held = [] if residency is None else [
-            (store, slot) for store in residency.stores if not store.lost for slot in store.live()
+            (store, slot) for store in residency.tiers if not store.lost for slot in store.live()
         ]
         if held:
             store, slot = self.rng.choice(held)

@@ -12,6 +12,7 @@ from aqua_jax.memory.borrower import connect
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops.moves import MoveBatch, MovePool, Segment
+from aqua_jax.paging.moves import Shift
 from tests.engine.driving import run_all, tiny_engine
 from tests.engine.paged import MAX_MOVES, PAGE_BYTES, PAGE_TOKENS, Paged, paged_engine
 from tests.engine.test_engine import greedy, prompt
@@ -234,7 +235,7 @@ def test_a_killed_lender_costs_its_pages_and_nothing_else(tmp_path):
 
 
 def test_a_lender_gets_its_memory_back_while_nothing_runs(tmp_path):
-    """`respond` copies from store to store; one that is gone meanwhile is no error."""
+    """`respond` shifts from store to store; one that is gone meanwhile is no error."""
     with lending(16 * PAGE_BYTES) as lender:
         stores = [peer(lender.path), host()]
         with paged_engine(tmp_path, stores) as paged:
@@ -243,10 +244,12 @@ def test_a_lender_gets_its_memory_back_while_nothing_runs(tmp_path):
             (place,) = stores[1].allocate(1)
 
             def move_down(copy):
-                copy(stores[0], slot, stores[1], place)
+                copy(shift := Shift(stores[0], slot, stores[1], place))
+                wait_for(lambda: shift.done, "it is copied")
                 stores[1].fill(place, PAGE_TOKENS)
                 stores[0].give_back(16)
-                copy(stores[0], slot, stores[1], place)
+                copy(late := Shift(stores[0], slot, stores[1], place))
+                assert late.done
 
             paged.planner.responses.append(move_down)
             paged.engine.tend()

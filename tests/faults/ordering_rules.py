@@ -221,7 +221,7 @@ def end_under_copies(folder: pathlib.Path, rule: str) -> None:
     engine = tiny_engine(
         folder, kv_cache_memory=64 << 20, policy="fcfs_swap", host_kv_memory=64 << 20
     )
-    (store,), pool = engine._scheduler.residency.stores, engine._pool
+    (store,), pool = engine._scheduler.residency.tiers.stores, engine._pool
     # Neighbours in the pool are none in the store, or all would be one copy.
     pages, slots = pool.allocate(16), store.allocate(16)[::-1]
     copy_queue.set_delay(1, 200_000)

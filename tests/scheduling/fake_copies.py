@@ -11,7 +11,7 @@ import random
 
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.memory.stores import HostStore, PeerStore
-from aqua_jax.paging.moves import Move, Store, StoreSlot
+from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.residency import Residency
 
 SLOT_BYTES = 4096
@@ -67,12 +67,13 @@ class FakeCopies:
         """
         self._residency, self._pool, self._rng = residency, pool, rng
         self._failures, self._slowness = failures, slowness
-        self._contents: dict[tuple[str, int, int], int] = {}
+        self._contents: dict[tuple[Store, int, int], int] = {}
         self._waiting: list[Move] = []
         self._copied: list[Move] = []
+        self._shifts: list[Shift] = []
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._copied)
+        return len(self._waiting) + len(self._copied) + len(self._shifts)
 
     def hand_over(self, moves: tuple[Move, ...]) -> None:
         """The head of a step has run."""
@@ -85,6 +86,9 @@ class FakeCopies:
             move = self._waiting.pop()
             self._copy(move)
             self._copied.append(move)
+        self._rng.shuffle(self._shifts)
+        while self._shifts and self._rng.random() > self._slowness:
+            self._shift(self._shifts.pop())
 
     def report(self) -> None:
         """A step boundary: some of the copies that were made are known to have ended."""
@@ -100,7 +104,8 @@ class FakeCopies:
 
     def respond(self) -> None:
         """A step boundary: lenders may want something."""
-        self._residency.respond(self._relocate)
+        climb = 0 if self._residency.outstanding else self._rng.choice([0, 3])
+        self._residency.respond(self._shifts.append, climb)
 
     def lose_everything(self) -> None:
         """A step failed; copies under way have been waited for."""
@@ -109,7 +114,7 @@ class FakeCopies:
 
     def _copy(self, move: Move) -> None:
         for offset in range(move.start, move.start + move.count):
-            inside, outside = (move.page.id, offset), (move.store.name, move.slot.id, offset)
+            inside, outside = (move.page.id, offset), (move.store, move.slot.id, offset)
             if move.inward:
                 # What a lost or reused slot holds is anything.
                 self._pool[inside] = self._contents.get(outside, -1)
@@ -121,9 +126,14 @@ class FakeCopies:
             if move.inward:
                 self._pool[move.page.id, offset] = -2
             else:
-                self._contents[move.store.name, move.slot.id, offset] = -3
+                self._contents[move.store, move.slot.id, offset] = -3
 
-    def _relocate(self, old: Store, source: StoreSlot, new: Store, target: StoreSlot) -> None:
-        for name, slot, offset in list(self._contents):
-            if (name, slot) == (old.name, source.id):
-                self._contents[new.name, target.id, offset] = self._contents[name, slot, offset]
+    def _shift(self, shift: Shift) -> None:
+        """From slot to slot; nobody else may have either of them."""
+        assert shift.source.lost or shift.source.address(shift.slot) >= 0
+        assert shift.target.lost or shift.target.address(shift.place) >= 0
+        for store, slot, offset in list(self._contents):
+            if (store, slot) == (shift.source, shift.slot.id):
+                here = self._contents[store, slot, offset]
+                self._contents[shift.target, shift.place.id, offset] = here
+        shift.done = True

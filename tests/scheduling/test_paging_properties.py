@@ -87,12 +87,12 @@ class Run:
         self.case, self.rng = case, random.Random(case.seed)
         evictable = FarthestNextUse() if case.farthest else LeastRecentlyUsed()
         self.pool = pool or PagePool(case.num_pages, case.page_tokens, evictable)
-        self.peer: PeerStore | None = None
+        self.peers: list[PeerStore] = []
         stores: list[Any] = [host_store(case.host_slots, case.page_tokens)]
         if case.peer_slots:
-            self.peer = peer_store(case.peer_slots, case.page_tokens)
-            stores.insert(0, self.peer)
-        self.stores = stores
+            self.peers.append(peer_store(case.peer_slots, case.page_tokens))
+        stores = [*self.peers, *stores]
+        self.stores = list(stores)
         self.residency = Residency(self.pool, stores)
         self.policy = policy_of(case)
         self.scheduler = Scheduler(
@@ -156,14 +156,22 @@ class Run:
         self.live = [s for s in self.live if s.status is not Status.FINISHED]
 
     def annoy(self) -> None:
-        """The lender's moods."""
-        if self.peer is None or self.rng.random() > 0.05:
-            return
-        lease: Any = self.peer.lease
-        if self.case.lender == "dies" and self.rng.random() < 0.3:
-            lease.alive = False
-        elif self.case.lender == "wants":
-            lease.keep = self.rng.randrange(lease.size + 1)
+        """The lenders' moods; some go, and others come."""
+        for peer in list(self.peers):
+            lease: Any = peer.lease
+            if self.rng.random() < 0.05:
+                if self.case.lender == "dies" and self.rng.random() < 0.3:
+                    lease.alive = False
+                elif self.case.lender == "wants":
+                    lease.keep = self.rng.randrange(lease.size + 1)
+            if peer.in_use == 0 and (peer.lost or not peer.capacity):
+                assert self.residency.tiers.remove(peer)
+                self.peers.remove(peer)
+                peer.close()
+        if self.case.peer_slots and len(self.peers) < 3 and self.rng.random() < 0.02:
+            self.peers.append(peer_store(self.rng.randrange(1, 12), self.case.page_tokens))
+            self.residency.tiers.add(self.peers[-1])
+            self.stores.append(self.peers[-1])
 
     def finish(self) -> None:
         """Everything has ended exactly, and nothing is held, in any tier."""

@@ -69,7 +69,7 @@ def test_every_contestant_serves_everything_and_leaves_nothing(name: str) -> Non
     assert len(queue) == 0
     assert all(store.free_slots == store.capacity for store in getattr(scheduler, "stores", ()))
     if residency is not None:
-        assert all(store.free_slots == store.capacity for store in residency.stores)
+        assert all(store.free_slots == store.capacity for store in residency.tiers.stores)
         assert done.bytes_out > 0, "nothing was paged"
         assert 0 < done.bytes_in <= 1000 * done.bytes_out
 

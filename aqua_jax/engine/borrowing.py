@@ -1,0 +1,106 @@
+"""The memory of lenders as an engine has it: a store for each lease, more of them as they are lent.
+
+A thread asks the lender or the coordinator for what is missing up to the limit, again and again;
+the engine looks at what has come at step boundaries. While nobody answers it goes on with what it
+holds.
+"""
+
+from __future__ import annotations
+
+from aqua_jax.errors import ConfigError
+from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.peers import PeerTier
+from aqua_jax.memory.segments import LeaseSegment, Segment
+from aqua_jax.memory.sources import LeaseSource
+from aqua_jax.memory.stores import PeerStore
+
+_ALL = 1 << 40  # asked for where there is no limit: more than anybody has
+# Leases at a time; each is a mapping, and costs a look at every step boundary.
+MOST_LEASES = 32
+# Seconds between two questions that were answered with nothing: the first pause, the longest.
+_FIRST_S, _LONGEST_S = 0.1, 1.0
+
+
+class Borrowing:
+    """What is lent to one engine. Belongs to the engine's thread.
+
+    Attributes:
+      stores: one for each lease, oldest first.
+      leases: that were ever there.
+      lost: of these, those whose lender has gone.
+    """
+
+    def __init__(
+        self, source: LeaseSource, limit: int | None, slot_bytes: int, page_tokens: int
+    ) -> None:
+        """
+        Args:
+          source: whom to ask; owned.
+          limit: most bytes; None: all that is lent.
+          slot_bytes: of one page of keys and values.
+          page_tokens: tokens of a page.
+        """
+        self.stores: tuple[PeerStore, ...] = ()
+        self.leases = self.lost = 0
+        self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
+        self._tier = PeerTier(
+            [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S)
+        )
+        self._wished = 0
+
+    def open(self) -> tuple[PeerStore, ...]:
+        """Asks once, and waits for the answer.
+
+        Returns:
+          The first stores; none if nothing is lent now.
+        """
+        segment = self._tier.grow(self._missing())
+        if segment is not None:
+            self._tier.arrivals.appendleft(segment)
+        return self.take()
+
+    def _missing(self) -> int:
+        """Bytes that would be of use."""
+        if len(self.stores) >= MOST_LEASES:
+            return 0
+        if self._limit is None:
+            return _ALL
+        held = sum(store.lease.held.total for store in self.stores)
+        missing = self._limit - held
+        return missing if missing >= self._slot_bytes else 0
+
+    def take(self) -> tuple[PeerStore, ...]:
+        """Stores that have come since the last time, and says what else is wished for."""
+        come: list[PeerStore] = []
+        while self._tier.arrivals:
+            store = self._store(self._tier.arrivals.popleft())
+            if store is not None:
+                come.append(store)
+        self.stores += tuple(come)
+        self.leases += len(come)
+        missing = self._missing()
+        if missing != self._wished or come:
+            self._wished = missing
+            self._tier.wish(missing)
+        return tuple(come)
+
+    def _store(self, segment: Segment) -> PeerStore | None:
+        assert isinstance(segment, LeaseSegment)
+        lease: Lease = segment.lease
+        try:
+            return PeerStore(lease, self._slot_bytes, self._page_tokens)
+        except ConfigError:  # too small for a page
+            lease.close()
+            return None
+
+    def drop(self, store: PeerStore) -> None:
+        """Lets go of a store that nobody uses: its lender is gone, or has got everything back."""
+        self.stores = tuple(one for one in self.stores if one is not store)
+        self.lost += store.lost and bool(store.capacity)
+        store.close()
+
+    def close(self) -> None:
+        """Gives everything back and ends the connection; may be repeated."""
+        for store in self.stores:
+            store.close()
+        self._tier.close()

@@ -1,0 +1,57 @@
+"""Copies between stores beside the steps: down when memory is wanted back, up when there is more.
+
+The copy queue moves pages between the pool and stores; what goes from store to store takes a thread
+of its own, without the interpreter's lock, so that no step waits for it. The planner keeps both
+slots until a shift has ended, so their memory stays mapped.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from aqua_jax.errors import StaleHandleError
+from aqua_jax.memory import copies
+from aqua_jax.paging.moves import Shift
+
+_Job = tuple[Shift, int, int]  # from where, to where
+
+
+class Shifter:
+    """Carries shifts out, in the order in which they begin. The thread starts with the first one.
+
+    Attributes:
+      bytes: copied so far.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, shift: Shift) -> None:
+        """Queues a copy; for the thread that the stores belong to. Doesn't wait."""
+        try:
+            source = shift.source.address(shift.slot)  # type: ignore[attr-defined]
+            target = shift.target.address(shift.place)  # type: ignore[attr-defined]
+        except StaleHandleError:
+            shift.done = True  # a lender has just gone; the planner will see that
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="aqua-shifts", daemon=True)
+            self._thread.start()
+        self._jobs.put((shift, source, target))
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            shift, source, target = job
+            copies.copy(target, source, shift.source.slot_bytes)
+            self.bytes += shift.source.slot_bytes
+            shift.done = True
+
+    def close(self) -> None:
+        """Waits for what was begun, ends the thread; may be repeated."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
