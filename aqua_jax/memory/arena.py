@@ -84,6 +84,27 @@ def _reserve(fd: int, offset: int, size: int) -> None:
         os.posix_fallocate(fd, at, step)
 
 
+def sealed_file(size: int, name: str) -> int:
+    """The descriptor of memory that can be lent: without a name, zeroed, allocated in full, sealed.
+
+    Args:
+      size: bytes, rounded up to whole pages.
+      name: shown in /proc/PID/maps.
+
+    Raises:
+      ConfigError: the memory isn't there.
+    """
+    size = _check_size(size)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        _reserve(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError("bytes", size, f"what the system can give ({error})") from error
+    return fd
+
+
 class Arena:
     """A mapped range of memory.
 
@@ -120,10 +141,8 @@ class Arena:
           ConfigError: the memory isn't there.
         """
         size = _check_size(size)
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = sealed_file(size, name)
         try:
-            _reserve(fd, 0, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
             mapping = _map(fd, 0, size, huge_pages=huge_pages)
         except (OSError, ArenaError) as error:
             os.close(fd)

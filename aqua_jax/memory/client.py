@@ -21,7 +21,7 @@ from aqua_jax.errors import AquaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.link import Link, messages
-from aqua_jax.memory.loan import Held, Lending, Loan
+from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Client:
     # Lending.
 
     def lend(
-        self, arena: Arena, lent: Iterable[Span] | None = None, *, name: str = "",
+        self, arena: Lendable, lent: Iterable[Span] | None = None, *, name: str = "",
         kind: str = "host", domain: str | None = None, bandwidth: int = 0, cap: int = 0,
         scrub: bool = False,
     ) -> Lending:
@@ -177,7 +177,7 @@ class Client:
         it, as all processes of this user could.
 
         Args:
-          arena: made by `Arena.create`; must live as long as the lending.
+          arena: made by `Arena.create`, or an extent; must live as long as the lending.
           lent: [start, end) in whole pages; None: all.
           name: told to people.
           kind: of memory.

@@ -75,6 +75,19 @@ class Held:
             self.loan.alive = False
 
 
+class Lendable(Protocol):
+    """Memory that can be lent: an `Arena`, or an extent of a `LendableMemory`."""
+
+    size: int
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to lend out; it stays its owner's."""
+
+    def scrub(self, offset: int, size: int) -> None:
+        """Overwrites with zeros."""
+
+
 class LendingOwner(Protocol):
     """Who does what a `Lending` is told to."""
 
@@ -103,7 +116,7 @@ class Lending:
     """
 
     def __init__(
-        self, owner: LendingOwner, arena: Arena, terms: ArenaTerms, lent: Iterable[Span]
+        self, owner: LendingOwner, arena: Lendable, terms: ArenaTerms, lent: Iterable[Span]
     ) -> None:
         """Use `Client.lend`."""
         self._owner = owner

@@ -28,7 +28,7 @@ from aqua_jax.coordinator.records import (
 from aqua_jax.errors import AquaError, CoordinatorError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.loan import Held, Lending, Loan
+from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
 
 _LENDER, _BORROWER = 1, 2
 _STEP = 16 << 20  # zeroed at a time
@@ -114,7 +114,7 @@ class LocalClient:
     # Lending.
 
     def lend(
-        self, arena: Arena, lent: Iterable[Span] | None = None, *, name: str = "",
+        self, arena: Lendable, lent: Iterable[Span] | None = None, *, name: str = "",
         kind: str = "host", domain: str | None = None, bandwidth: int = 0, cap: int = 0,
         scrub: bool = False,
     ) -> Lending:
