@@ -59,7 +59,9 @@ def _device_steps(engine: Engine, batch: int) -> float:
     views["slots"][:] = runner._spec.sequences  # nowhere: the engine's last tokens stay
     started = time.perf_counter()
     for _ in range(_STEPS.value):
-        runner._kv, picked, _ = forward(runner._params, runner._kv, vector, runner._last_tokens)
+        runner._kv, picked, _ = forward(
+            runner._params, runner._kv, vector, runner._last_tokens, runner._spaces
+        )
         _, packed = sample(runner._params, picked, parameters, runner._last_tokens, None)
     packed.block_until_ready()
     return (time.perf_counter() - started) / _STEPS.value

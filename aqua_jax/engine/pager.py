@@ -30,6 +30,7 @@ from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
+from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.stored import Tiers
 
@@ -95,7 +96,7 @@ class Pager:
         self, planner: Planner, stores: Sequence[OwnedStore], kv: jax.Array | jax.ShapeDtypeStruct,
         *, borrowing: Borrowing | None = None, verify: bool = False,
         observe: Callable[[float, float], None] | None = None,
-        ended: Callable[[Move, bool], None] | None = None,
+        ended: Callable[[Move, bool], None] | None = None, spaces: Spaces | None = None,
     ) -> None:
         """
         Args:
@@ -107,11 +108,12 @@ class Pager:
           verify: compute checksums of what is copied out.
           observe: told how many pages, in sum, were copied in how many seconds of the workers.
           ended: told about each move as the planner is, for a timeline.
+          spaces: memory of ours that holds pages behind the pool's.
         """
         self._planner, self._verify, self._borrowing = planner, verify, borrowing
         self._observe, self._ended = observe, ended
-        self._kv = jax.ShapeDtypeStruct(kv.shape, kv.dtype)
-        self._pool = MovePool.of(self._kv)
+        self._kv, self._spaces = jax.ShapeDtypeStruct(kv.shape, kv.dtype), spaces
+        self._pool = MovePool.of(self._kv, self._spaces)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
         self._shifter = Shifter()
@@ -335,7 +337,7 @@ class Pager:
         Nothing is reported: the planner is told what a failed step means (`Scheduler.reset`).
         """
         self._drop_moves()
-        self._pool = MovePool.of(self._kv)
+        self._pool = MovePool.of(self._kv, self._spaces)
 
     def close(self) -> None:
         """Waits for copies, lets go of all memory and gives back what was borrowed. Repeatable."""

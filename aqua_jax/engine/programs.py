@@ -35,6 +35,7 @@ from aqua_jax.models.parameters import merge
 from aqua_jax.ops.attention import AttentionMetadata, paged_attention
 from aqua_jax.ops.moves import enqueue_moves
 from aqua_jax.ops.pages import copy_pages
+from aqua_jax.ops.spaces import Spaces
 
 Params = dict[str, jax.Array]
 Leaves = tuple[jax.Array, ...]  # parameters in `Programs.names` order: no keys to sort per call
@@ -65,12 +66,16 @@ class StepSpec:
 class Programs:
     """Compiles, keeps and hands out the programs of one engine."""
 
-    def __init__(self, graphdef: Any, params: Params, kv: jax.Array, spec: StepSpec):
+    def __init__(
+        self, graphdef: Any, params: Params, kv: jax.Array, spec: StepSpec,
+        spaces: Spaces | None = None,
+    ):
         self._graphdef, self._spec = graphdef, spec
         self.names = tuple(params)
         self._hidden_size = params["norm.scale"].shape[0]
         self._params = tuple(_shape_of(array) for array in params.values())
         self._kv = _shape_of(kv)
+        self._spaces = jax.tree.map(_shape_of, spaces)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._warm = False
@@ -87,18 +92,19 @@ class Programs:
         return counts[:1] if self._spec.counts_rows else None
 
     def _forward(
-        self, params: Leaves, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array
+        self, params: Leaves, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array,
+        spaces: Spaces | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec = self._spec
         tokens = self._tokens_of(vector)
         batch = ForwardBatch.unpack(vector, spec.forward_layout(tokens))
         if spec.max_moves:
             with jax.named_scope("moves"):
-                kv = enqueue_moves(kv, batch.moves, batch.move_head)
+                kv = enqueue_moves(kv, batch.moves, batch.move_head, spaces=spaces)
         with jax.named_scope("copy_on_write"):
             kv = copy_pages(
                 kv, batch.copy_sources, batch.copy_targets, batch.counts[2:3],
-                implementation=spec.attention,
+                implementation=spec.attention, spaces=spaces,
             )
         ids = jnp.where(
             batch.tokens < 0,
@@ -117,7 +123,7 @@ class Programs:
             cache, out = paged_attention(
                 cache, q, k, v, meta, layer=layer, scale=spec.head_dim**-0.5,
                 window=model.config.window(layer), deterministic=spec.deterministic,
-                implementation=spec.attention,
+                implementation=spec.attention, spaces=spaces,
             )
             return out, cache
 
@@ -153,15 +159,18 @@ class Programs:
         )
         return packed.reshape(blocks * block, -1)[:tokens]
 
-    def _moves(self, kv: jax.Array, vector: jax.Array) -> jax.Array:
+    def _moves(self, kv: jax.Array, vector: jax.Array, spaces: Spaces | None) -> jax.Array:
         fields = dict(MoveVector.layout(self._spec.max_moves).unpack(vector))
         with jax.named_scope("moves"):
-            return enqueue_moves(kv, fields["moves"], fields["move_head"])
+            return enqueue_moves(kv, fields["moves"], fields["move_head"], spaces=spaces)
 
     # Getting a compiled one.
 
     def forward(self, tokens: int) -> jax.stages.Compiled:
-        """Compiled `(params, kv, vector, last_tokens) -> (kv, picked [S,d], hidden [T,d])`."""
+        """Compiled `(params, kv, vector, last_tokens, spaces)`.
+
+        Its results are (kv, picked [S,d], hidden [T,d]).
+        """
         return self._get(("forward", tokens))
 
     def sample(self, rows: int, variant: SampleVariant) -> jax.stages.Compiled:
@@ -173,7 +182,7 @@ class Programs:
         return self._get(("prompt_logprobs", tokens))
 
     def moves(self) -> jax.stages.Compiled:
-        """Compiled `(kv, vector) -> kv`: hands page moves over, and nothing else."""
+        """Compiled `(kv, vector, spaces) -> kv`: hands page moves over, and nothing else."""
         return self._get(("moves",))
 
     def warm_up(self, level: str, progress: Callable[[int, int], None] | None = None) -> None:
@@ -236,11 +245,12 @@ class Programs:
         if key[0] == "forward":
             size = spec.forward_layout(key[1]).size
             jitted = jax.jit(self._forward, donate_argnums=(1,))
-            args = (self._params, self._kv, jax.ShapeDtypeStruct((size,), i32), last)
+            vector = jax.ShapeDtypeStruct((size,), i32)
+            args = (self._params, self._kv, vector, last, self._spaces)
         elif key[0] == "moves":
             size = MoveVector.layout(spec.max_moves).size
             jitted = jax.jit(self._moves, donate_argnums=(0,))
-            args = (self._kv, jax.ShapeDtypeStruct((size,), i32))
+            args = (self._kv, jax.ShapeDtypeStruct((size,), i32), self._spaces)
         elif key[0] == "sample":
             rows, variant = key[1:]
 

@@ -21,6 +21,7 @@ from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Params, Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.engine.sampler import SampleVariant
+from aqua_jax.ops.spaces import Spaces
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.sequence import Sequence
 
@@ -109,6 +110,7 @@ class Runner:
     def __init__(
         self, programs: Programs, params: Params, make_kv: Callable[[], jax.Array],
         kv: jax.Array, spec: StepSpec, lookup: Lookup, pager: Pager | None = None,
+        spaces: Spaces | None = None,
     ):
         """Args:
           programs: compiled programs.
@@ -118,11 +120,14 @@ class Runner:
           spec: constants of the programs.
           lookup: the request and sample of a scheduled sequence.
           pager: turns page moves into what the programs take; None: no plan has any.
+          spaces: memory of ours that holds pages behind the pool's, as `programs` was told.
         """
         self.programs, self._spec = programs, spec
         self._params = tuple(params[name] for name in programs.names)
         self._make_kv, self._kv = make_kv, kv
         self._lookup, self._pager = lookup, pager
+        # On the device once: it never changes, so that no step transfers it.
+        self._spaces = jax.device_put(spaces)
         self._last_tokens = jnp.zeros((spec.sequences,), jnp.int32)
         self._slots = SlotState(spec.sequences, spec.table_width, lookup)
 
@@ -141,7 +146,9 @@ class Runner:
         vector, bucket = self._forward_vector(plan, packed_moves)
         sampled = [chunk for chunk in plan.chunks if chunk.sample]
         forward = self.programs.forward(bucket)
-        self._kv, picked, hidden = forward(self._params, self._kv, vector, self._last_tokens)
+        self._kv, picked, hidden = forward(
+            self._params, self._kv, vector, self._last_tokens, self._spaces
+        )
         packed = self._sample(sampled, picked) if sampled else None
         prompt_rows, prompt_packed = self._prompt_logprobs(plan, hidden, bucket)
         rows = tuple(chunk.sequence for chunk in sampled)
@@ -155,7 +162,7 @@ class Runner:
         layout = MoveVector.layout(self._spec.max_moves)
         vector = np.zeros(layout.size, np.int32)
         MoveVector.write(layout.views(vector), moves, head)
-        self._kv = self.programs.moves()(self._kv, vector)
+        self._kv = self.programs.moves()(self._kv, vector, self._spaces)
 
     @staticmethod
     def read(record: StepRecord) -> tuple[np.ndarray | None, np.ndarray | None]:

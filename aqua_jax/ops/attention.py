@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aqua_jax.ops import library
+from aqua_jax.ops.spaces import Spaces, require_handlers
 
 Implementation = Literal["ffi", "reference"]
 
@@ -41,7 +42,8 @@ class AttentionMetadata:
     positions: jax.Array  # [T] position of each row in its sequence
     query_starts: jax.Array  # [S + 1]
     kv_lens: jax.Array  # [S] tokens of the sequence, this step's included
-    page_table: jax.Array  # [S, max_pages] pool pages; negative: absent, its keys are invisible
+    # [S, max_pages] pages of the pool, or of spaces; negative: absent, its keys are invisible
+    page_table: jax.Array
     num_seqs: jax.Array  # [1]
 
 
@@ -57,6 +59,7 @@ def paged_attention(
     window: int | None = None,
     deterministic: bool = False,
     implementation: Implementation | None = None,
+    spaces: Spaces | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes k, v into their pages of `layer`, then attends causally over the pages.
 
@@ -77,16 +80,18 @@ def paged_attention(
         16-bit pools in either mode, and it gives up splitting a long decode's keys.
       implementation: `ffi`, `reference` (jnp, any platform; deterministic only as far as XLA is),
         or None for the best there is.
+      spaces: memory of ours that holds the pages from P on; None: there are only the pool's.
 
     Returns:
       kv, and the result [T, H, D] in q's dtype. Padding rows, and rows that see no key, are 0.
 
     Raises:
       ValueError: shapes, dtypes or static arguments don't fit together.
-      RuntimeError: `ffi` was asked for and isn't there, or has no kernel for these shapes; or, when
-        run on a CPU, metadata points outside the pool or contradicts itself (the donated pool is
-        lost then: check on the host). A GPU can't tell: pages outside the pool count as absent, and
-        sequences that contradict themselves are skipped, their rows 0.
+      RuntimeError: `ffi` was asked for, or spaces were given, and it isn't there or has no kernel
+        for these shapes; or, when run on a CPU, metadata points outside pool and spaces or
+        contradicts itself, or a space has been retired (the donated pool is lost then: check on the
+        host). A GPU can't tell: pages that don't exist count as absent, and sequences that
+        contradict themselves are skipped, their rows 0.
     """
     _check(kv, q, k, v, meta, layer, scale, window)
     results = [jax.ShapeDtypeStruct(kv.shape, kv.dtype), jax.ShapeDtypeStruct(q.shape, q.dtype)]
@@ -99,6 +104,7 @@ def paged_attention(
     if implementation is None:
         implementation = "ffi" if usable else "reference"
     if implementation == "reference":
+        require_handlers("paged_attention", spaces)
         return _reference(kv, q, k, v, meta, layer, scale, window)
     if not usable:
         raise RuntimeError(f"attention implementation 'ffi' is missing: {missing}")
@@ -106,6 +112,7 @@ def paged_attention(
     kv, out, *_ = call(
         kv, q, k, v,
         meta.positions, meta.query_starts, meta.kv_lens, meta.page_table, meta.num_seqs,
+        *(() if spaces is None else spaces.operands()),
         layer=np.int64(layer), scale=np.float32(scale), window=np.int64(window or 0),
         deterministic=bool(deterministic),
     )

@@ -21,7 +21,8 @@ here can check them (`set_delay` makes tests that would notice):
    stays pending for ever. Wait for the step's results, then `drain`. (With CUDA a step's moves are
    taken up a moment after its head has run; `drain`, `retire` and `close` see to that first.)
 6. Before a pool is dropped or replaced: wait for the steps, then `MovePool.close`. Before segment
-   memory is unmapped: `Segment.retire`.
+   memory is unmapped: `Segment.retire`; if pages of steps lie in it (`ops.spaces`), wait for the
+   steps first.
 
 What goes wrong at run time (a segment retired meanwhile, a range out of bounds, a checksum that
 differs) is a status of that one page, never an error of the step: an error would cost the donated
@@ -41,13 +42,16 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.ops import library
+
+if TYPE_CHECKING:
+    from aqua_jax.ops.spaces import Spaces
 
 # One move; ffi/cpu/moves.h says what the fields mean.
 MOVE = np.dtype([
@@ -66,7 +70,7 @@ class Status(enum.IntEnum):
 
     PENDING = 0  # not handed over yet, waiting, or being copied
     DONE = 1
-    SEGMENT_STALE = 2  # the segment was retired
+    SEGMENT_STALE = 2  # the segment, or the space that the page is in, was retired
     OUT_OF_BOUNDS = 3  # pool page, range in the page, or range in the segment
     MISMATCH = 4  # copied in, but the checksum is not the expected one
     POOL_STALE = 5  # the pool was closed, or has another address than before
@@ -142,6 +146,7 @@ def _bound(platform: str) -> ctypes.CDLL:
     for name, result, arguments in (
         ("aqua_segment_register", i64, [pointer, u64]),
         ("aqua_segment_retire", i32, [i32, u32, i32]),
+        ("aqua_segment_address", u64, [i32, u32]),
         ("aqua_pool_register", i64, []),
         ("aqua_pool_close", i32, [i32, u32]),
         ("aqua_moves_poll", None, [pointer, i64, pointer, pointer]),
@@ -195,6 +200,16 @@ class Segment:
         self._end.atexit = False  # `aqua_moves_stop` comes first, and the process ends
 
     @property
+    def address(self) -> int:
+        """Where copies and kernels find it: with CUDA the device's view of it.
+
+        Raises:
+          StaleHandleError: it has been retired.
+        """
+        self.check()
+        return int(_native().aqua_segment_address(self.id, self.generation))
+
+    @property
     def live(self) -> bool:
         """Whether it has not been retired."""
         return self._end.alive
@@ -243,16 +258,18 @@ class MovePool:
     """
 
     def __init__(self, pages: int, page_bytes: int):
-        """A pool of `pages` pages of `page_bytes` bytes each."""
+        """A pool of `pages` pages of `page_bytes` bytes each, pages in spaces included."""
         self.pages, self.page_bytes = pages, page_bytes
         self.id, self.generation = _handle(_native().aqua_pool_register(), "pools")
         self._closed = False
 
     @classmethod
-    def of(cls, kv: jax.Array | jax.ShapeDtypeStruct) -> MovePool:
-        """The pool kv [P, ...]."""
+    def of(
+        cls, kv: jax.Array | jax.ShapeDtypeStruct, spaces: Spaces | None = None
+    ) -> MovePool:
+        """The pool kv [P, ...], with the pages of `spaces` behind it."""
         page = int(np.prod(kv.shape[1:], dtype=np.int64)) * np.dtype(kv.dtype).itemsize
-        return cls(kv.shape[0], page)
+        return cls(kv.shape[0] if spaces is None else spaces.end, page)
 
     @property
     def live(self) -> bool:
@@ -321,7 +338,7 @@ class MoveBatch:
         """Copies pool pages to a segment.
 
         Args:
-          pages: [n] pool pages.
+          pages: [n] pages of the pool or of a space.
           segment: where to.
           offsets: [n] byte offsets in the segment, of the page's first byte (also with `part`).
           part: what of each page; None: all.
@@ -344,7 +361,7 @@ class MoveBatch:
         """Copies from a segment to pool pages.
 
         Args:
-          pages: [n] pool pages.
+          pages: [n] pages of the pool or of a space.
           segment: where from.
           offsets: [n] byte offsets in the segment, of the page's first byte (also with `part`).
           part: what of each page; None: all.
@@ -409,7 +426,9 @@ class MoveBatch:
         return np.array([self.count, pool.id, pool.generation], np.uint32).view(np.int32)
 
 
-def enqueue_moves(kv: jax.Array, moves: jax.Array, head: jax.Array) -> jax.Array:
+def enqueue_moves(
+    kv: jax.Array, moves: jax.Array, head: jax.Array, *, spaces: Spaces | None = None
+) -> jax.Array:
     """Hands moves to the native queue and returns at once; put it at the head of a step.
 
     Args:
@@ -417,6 +436,8 @@ def enqueue_moves(kv: jax.Array, moves: jax.Array, head: jax.Array) -> jax.Array
         only through the result.
       moves: i32[N, MOVE_WORDS], `MoveBatch.moves`.
       head: i32[3], `MoveBatch.head`. At most N moves are taken.
+      spaces: memory of ours that holds the pages from P on. A move of such a page is a user of the
+        space's segment too; SEGMENT_STALE if that has been retired.
 
     Returns:
       The pool, in place. Use it: a call whose result nobody reads is dropped.
@@ -433,7 +454,7 @@ def enqueue_moves(kv: jax.Array, moves: jax.Array, head: jax.Array) -> jax.Array
         "aqua_enqueue_moves", jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         input_output_aliases={0: 0},
     )
-    return call(kv, moves, head)
+    return call(kv, moves, head, *(() if spaces is None else spaces.operands()))
 
 
 def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Copies of whole pages inside the pool: what copy on write needs at the head of a step."""
+"""Copies of whole pages: what copy on write needs at the head of a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from aqua_jax.ops import library
+from aqua_jax.ops.spaces import Spaces, require_handlers
 
 # Most copies of one call of the CUDA handler, which keeps their numbers in shared memory.
 _MOST_ON_CUDA = 4096
@@ -20,6 +21,7 @@ def copy_pages(
     count: jax.Array,
     *,
     implementation: Literal["ffi", "reference"] | None = None,
+    spaces: Spaces | None = None,
 ) -> jax.Array:
     """Copies page src[i] over page dst[i] for i < count, as if all sources were read first.
 
@@ -29,14 +31,16 @@ def copy_pages(
       dst: i32[C] pages to write, no two of them equal.
       count: i32[1] how many of the C pairs count; the rest is padding.
       implementation: `ffi`, `reference` (jnp, any platform), or None for the best there is.
+      spaces: memory of ours that holds the pages from P on, to read and write as the pool's.
 
     Returns:
       The pool.
 
     Raises:
       ValueError: shapes don't fit together.
-      RuntimeError: `ffi` was asked for and isn't there (on GPUs: or not for so many copies); or,
-        when run on a CPU, a page outside the pool. GPUs leave out such pairs.
+      RuntimeError: `ffi` was asked for, or spaces were given, and it isn't there (on GPUs: or not
+        for so many copies); or, when run on a CPU, a page that doesn't exist or a space that has
+        been retired. GPUs leave out such pairs.
     """
     if src.ndim != 1 or src.shape != dst.shape or count.shape != (1,):
         raise ValueError(
@@ -49,6 +53,7 @@ def copy_pages(
     if implementation is None:
         implementation = "ffi" if usable else "reference"
     if implementation == "reference":
+        require_handlers("copy_pages", spaces)
         valid = jnp.arange(src.shape[0]) < count[0]
         pages = kv.shape[0]
         sources = kv[jnp.where(valid, src, 0)]
@@ -61,4 +66,4 @@ def copy_pages(
         jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         input_output_aliases={0: 0},
     )
-    return call(kv, src, dst, count)
+    return call(kv, src, dst, count, *(() if spaces is None else spaces.operands()))

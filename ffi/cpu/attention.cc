@@ -93,8 +93,9 @@ class Attention {
   char* slot(int64_t seq, int64_t position, int kv) const {
     const int32_t page = p_.page_table[seq * p_.max_pages + (position >> shift_)];
     if (page < 0) return nullptr;
-    return static_cast<char*>(p_.kv) + page * page_ + p_.layer * layer_ + kv * half_ +
-           (position & (p_.page_tokens - 1)) * token_;
+    char* const start =
+        page < p_.pages ? static_cast<char*>(p_.kv) + page * page_ : p_.spaces.page(page, page_);
+    return start + p_.layer * layer_ + kv * half_ + (position & (p_.page_tokens - 1)) * token_;
   }
 
   // Addresses of the keys first .. first + count - 1, `offset` bytes in; null where absent.

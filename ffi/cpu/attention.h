@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../common/isa.h"
+#include "../common/spaces.h"
 
 namespace aqua {
 
@@ -28,6 +29,7 @@ struct AttentionProblem {
   const int32_t* query_starts = nullptr;  // [S + 1]
   const int32_t* kv_lens = nullptr;       // [S], after this step's tokens
   const int32_t* page_table = nullptr;    // [S, max_pages]; negative: absent
+  Spaces spaces;                          // of the pages from P on
   int32_t num_seqs = 0;
   int64_t layer = 0;
   int64_t window = 0;  // a query sees itself and window - 1 tokens before; 0: all

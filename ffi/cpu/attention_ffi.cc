@@ -2,7 +2,9 @@
 
 #include <string>
 
+#include "../common/spaces_ffi.h"
 #include "attention.h"
+#include "spaces_use.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -30,8 +32,8 @@ ffi::Error invalid(const std::string& what) {
 
 ffi::Error Attention(ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      I32 positions, I32 query_starts, I32 kv_lens, I32 page_table, I32 num_seqs,
-                     ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> out,
-                     int64_t layer, float scale, int64_t window, bool deterministic) {
+                     aqua::SpacesOperand spaces, ffi::Result<ffi::AnyBuffer> kv_out,
+                     ffi::Result<ffi::AnyBuffer> out, int64_t layer, float scale, int64_t window, bool deterministic) {
   for (const auto& buffer : {kv, q, k, v}) {
     if (!is_float(buffer.element_type())) return invalid("arrays must be float32 or bfloat16");
   }
@@ -96,7 +98,10 @@ ffi::Error Attention(ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   p.window = window;
   p.deterministic = deterministic;
   p.isa = aqua::current_isa();
-  const std::string error = aqua::paged_attention(p);
+  if (!aqua::read_spaces(spaces, &p.spaces)) return invalid("spaces: allowed: [N, 8]");
+  const aqua::SpacesInUse in_use(p.spaces);
+  std::string error = in_use.error();
+  if (error.empty()) error = aqua::paged_attention(p);
   return error.empty() ? ffi::Error::Success() : invalid(error);
 }
 
@@ -113,6 +118,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AquaAttention, Attention,
                                   .Arg<I32>()             // kv_lens
                                   .Arg<I32>()             // page_table
                                   .Arg<I32>()             // num_seqs
+                                  .OptionalArg<I32>()     // spaces
                                   .Ret<ffi::AnyBuffer>()  // kv
                                   .Ret<ffi::AnyBuffer>()  // out
                                   .Attr<int64_t>("layer")

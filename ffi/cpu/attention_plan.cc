@@ -62,9 +62,10 @@ std::string check_sequence(const AttentionProblem& p, int64_t s) {
   const int32_t* table = p.page_table + s * p.max_pages;
   const int64_t first = first_visible(p, len - count) / p.page_tokens;
   for (int64_t i = first; i <= (len - 1) / p.page_tokens; ++i) {
-    if (table[i] >= p.pages) {
+    if (table[i] >= p.pages && p.spaces.find(table[i]) == nullptr) {
       return wrong("page_table" + where + ", entry " + std::to_string(i), table[i],
-                   "less than " + std::to_string(p.pages) + " pages");
+                   "less than " + std::to_string(p.pages) + " pages, or one of " +
+                       std::to_string(p.spaces.count) + " spaces");
     }
   }
   return "";

@@ -38,10 +38,10 @@ std::atomic<uint32_t> delay_max_us{0};
 
 // ---- One move.
 
-// A checked move: a user of its segment and of its pool.
+// A checked move.
 struct Item {
   Move move;
-  int32_t pool;
+  MoveUses uses;
   char* page;   // the page's first byte
   char* slot;   // where that byte would lie in the segment
   bool whole;   // a whole page without a checksum, which may be copied together with others
@@ -81,7 +81,7 @@ void carry_out(const std::vector<Item>& group) {
   const uint64_t random = delay(first.move.ticket);
   uint64_t checksum = 0, bytes = 0;
   MoveStatus status = MoveStatus::kDone;
-  if (segments.abandoned(first.move.segment)) {
+  if (first.uses.abandoned(segments)) {
     status = MoveStatus::kSegmentStale;
   } else if (first.whole) {
     for (const Item& item : group) bytes += item.move.bytes;
@@ -98,15 +98,13 @@ void carry_out(const std::vector<Item>& group) {
   for (const Item& item : group) {
     // First: whoever has retired the segment may ask.
     results.finish(item.move.ticket, status, checksum);
-    segments.release(item.move.segment);
-    pools.release(item.pool);
+    item.uses.release(&segments, &pools);
   }
 }
 
 void cancel(const Item& item) {
   results.finish(item.move.ticket, MoveStatus::kCancelled, 0);
-  segments.release(item.move.segment);
-  pools.release(item.pool);
+  item.uses.release(&segments, &pools);
 }
 
 // ---- The queue.
@@ -204,7 +202,7 @@ class Queue {
 
   static bool follows(const Item& a, const Item& b) {
     return a.whole && b.whole && a.move.flags == b.move.flags &&
-           a.move.segment == b.move.segment && a.page + a.move.bytes == b.page &&
+           a.move.segment == b.move.segment && a.uses.space == b.uses.space && a.page + a.move.bytes == b.page &&
            a.slot + a.move.bytes == b.slot;
   }
 
@@ -277,13 +275,14 @@ Queue* queue() {
 // ---- Handing over.
 
 // Checks a move and becomes a user of what it needs.
-MoveStatus admit(const Move& move, Handle pool, char* base, int64_t pages, int64_t page_bytes,
-                 Item* item) {
-  const MoveStatus status = admit_move(move, pool, base, pages, page_bytes, &segments, &pools);
+MoveStatus admit(const Move& move, const MovePages& where, Item* item) {
+  const MoveStatus status =
+      admit_move(move, where, &segments, &pools, &item->uses, &item->page);
   if (status != MoveStatus::kPending) return status;
-  const bool whole = move.runs == 1 && move.bytes == page_bytes && !(move.flags & kMoveChecksum);
-  *item = {move, pool.id, base + move.page * page_bytes, segments.base(move.segment) + move.offset,
-           whole};
+  item->move = move;
+  item->slot = segments.base(move.segment) + move.offset;
+  item->whole =
+      move.runs == 1 && move.bytes == where.page_bytes && !(move.flags & kMoveChecksum);
   return status;
 }
 
@@ -295,13 +294,25 @@ Handle open_segment(void* base, uint64_t bytes) {
 
 bool retire_segment(Handle segment, bool abandon) { return segments.close(segment, abandon); }
 
+bool hold_segment(Handle segment) { return segments.acquire(segment); }
+
+void release_segment(Handle segment) { segments.release(segment.id); }
+
+void* segment_address(Handle segment) {
+  if (!segments.acquire(segment)) return nullptr;
+  void* const base = segments.base(segment.id);
+  segments.release(segment.id);
+  return base;
+}
+
 Handle open_pool() { return pools.open(nullptr, 0); }
 
 bool close_pool(Handle pool) { return pools.close(pool, false); }
 
 void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, const void* moves,
-                   int64_t count) {
+                   int64_t count, const Spaces& spaces) {
   if (count <= 0) return;
+  const MovePages where{pool, static_cast<char*>(base), pages, page_bytes, spaces};
   auto job = std::make_unique<Job>();
   job->items.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -320,7 +331,7 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
     const MoveStatus status =
         queue_stopped.load(std::memory_order_seq_cst)
             ? MoveStatus::kCancelled
-            : admit(move, pool, static_cast<char*>(base), pages, page_bytes, &item);
+            : admit(move, where, &item);
     if (status == MoveStatus::kPending) {
       job->items.push_back(item);
     } else {

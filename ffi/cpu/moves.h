@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../common/spaces.h"
 #include "moves_handles.h"
 
 namespace aqua {
@@ -18,7 +19,7 @@ namespace aqua {
 enum class MoveStatus : int32_t {
   kPending = 0,        // not handed over yet, waiting, or being copied
   kDone = 1,
-  kSegmentStale = 2,   // the segment was retired
+  kSegmentStale = 2,   // the segment, or the space that the page is in, was retired
   kOutOfBounds = 3,    // pool page, range in the page, or range in the segment
   kMismatch = 4,       // copied in, but the checksum is not the expected one
   kPoolStale = 5,      // the pool was closed, or has another address than before
@@ -38,7 +39,7 @@ constexpr uint64_t kResults = 1 << 16;
 // the whole page is a plain copy; several are the same tokens of each layer of a partial page.
 struct Move {
   int32_t flags;
-  int32_t page;         // of the pool
+  int32_t page;         // of the pool, or of a space behind it
   int32_t segment;      // Handle::id
   uint32_t generation;  // Handle::generation
   uint64_t offset;
@@ -60,6 +61,14 @@ Handle open_segment(void* base, uint64_t bytes);
 // at once, if the handle is stale already.
 bool retire_segment(Handle segment, bool abandon);
 
+// For steps that compute with pages in a segment: become, and cease to be, a user of it, whom
+// `retire_segment` waits for. `hold_segment` says whether the handle is live.
+bool hold_segment(Handle segment);
+void release_segment(Handle segment);
+
+// The address of a segment as copies and kernels see it; null if the handle is stale.
+void* segment_address(Handle segment);
+
 // Registers a pool; its address is that of its first `enqueue_moves`.
 Handle open_pool();
 
@@ -67,10 +76,10 @@ Handle open_pool();
 bool close_pool(Handle pool);
 
 // Hands `count` moves (Move, not necessarily aligned) to the workers and returns. `base` is the
-// pool, of `pages` times `page_bytes`. No order is promised among moves. Blocks only when kResults
+// pool, of `pages` times `page_bytes`; `spaces` are the pages behind it. No order is promised among moves. Blocks only when kResults
 // moves are unfinished.
 void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, const void* moves,
-                   int64_t count);
+                   int64_t count, const Spaces& spaces = {});
 
 // Writes the status of each ticket, and for finished moves with kMoveChecksum the checksum computed
 // (0 otherwise); `checksums` may be null. Never blocks.

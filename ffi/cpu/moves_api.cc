@@ -16,6 +16,11 @@ int32_t aqua_segment_retire(int32_t id, uint32_t generation, int32_t abandon) {
   return aqua::retire_segment({id, generation}, abandon != 0);
 }
 
+// Where copies and kernels find it; 0 if the handle is stale.
+uint64_t aqua_segment_address(int32_t id, uint32_t generation) {
+  return reinterpret_cast<uintptr_t>(aqua::segment_address({id, generation}));
+}
+
 int64_t aqua_pool_register() {
   const aqua::Handle handle = aqua::open_pool();
   return handle.id < 0 ? -1 : int64_t{handle.generation} << 32 | handle.id;

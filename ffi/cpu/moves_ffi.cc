@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "../common/spaces_ffi.h"
 #include "moves.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -12,18 +13,20 @@ using I32 = ffi::Buffer<ffi::S32>;
 
 constexpr int64_t kWords = sizeof(aqua::Move) / sizeof(int32_t);
 
-ffi::Error EnqueueMoves(ffi::AnyBuffer kv, I32 moves, I32 head, ffi::Result<ffi::AnyBuffer> out) {
+ffi::Error EnqueueMoves(ffi::AnyBuffer kv, I32 moves, I32 head, aqua::SpacesOperand spaces_in,
+                        ffi::Result<ffi::AnyBuffer> out) {
   if (kv.untyped_data() != out->untyped_data()) {
     return ffi::Error::Internal(
         "aqua_enqueue_moves: the pool was not passed in place; donate kv to the compiled function "
         "and don't read it after this call");
   }
+  aqua::Spaces spaces;
   if (kv.dimensions().size() < 1 || kv.size_bytes() != out->size_bytes() ||
       moves.dimensions().size() != 2 || moves.dimensions()[1] != kWords ||
-      head.element_count() != 3) {
+      head.element_count() != 3 || !aqua::read_spaces(spaces_in, &spaces)) {
     return ffi::Error::InvalidArgument(
         "aqua_enqueue_moves: allowed: kv [P, ...], moves [N, " + std::to_string(kWords) +
-        "], head [3]");
+        "], head [3], spaces [N, 8]");
   }
   // More than there is room for can't be meant; it must not cost the pool.
   const int32_t* words = head.typed_data();
@@ -31,7 +34,7 @@ ffi::Error EnqueueMoves(ffi::AnyBuffer kv, I32 moves, I32 head, ffi::Result<ffi:
   const int64_t pages = kv.dimensions()[0];
   const int64_t page_bytes = pages == 0 ? 0 : static_cast<int64_t>(kv.size_bytes()) / pages;
   aqua::enqueue_moves({words[1], static_cast<uint32_t>(words[2])}, out->untyped_data(), pages,
-                      page_bytes, moves.untyped_data(), count);
+                      page_bytes, moves.untyped_data(), count, spaces);
   return ffi::Error::Success();
 }
 
@@ -42,4 +45,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AquaEnqueueMoves, EnqueueMoves,
                                   .Arg<ffi::AnyBuffer>()  // kv, aliased with the result
                                   .Arg<I32>()             // moves
                                   .Arg<I32>()             // head: count, pool id, generation
+                                  .OptionalArg<I32>()     // spaces
                                   .Ret<ffi::AnyBuffer>());

@@ -93,27 +93,67 @@ inline uint64_t end_in_page(const Move& move) {
   return last + move.begin + move.bytes;
 }
 
-// Checks a move; kPending if it may be carried out, and then it is a user of its segment and of its
-// pool, at `base`.
-inline MoveStatus admit_move(const Move& move, Handle pool, char* base, int64_t pages,
-                             int64_t page_bytes, HandleTable* segments, HandleTable* pools) {
+// Where a step's moves have their pages.
+struct MovePages {
+  Handle pool;
+  char* base;
+  int64_t pages, page_bytes;
+  Spaces spaces;
+};
+
+// What a checked move uses until it has ended.
+struct MoveUses {
+  int32_t segment, pool;
+  int32_t space;  // the segment that its page is in; -1: the pool
+
+  // Whether one of the segments is about to go, and nobody wants the copy any more.
+  bool abandoned(const HandleTable& segments) const {
+    return segments.abandoned(segment) || (space >= 0 && segments.abandoned(space));
+  }
+  void release(HandleTable* segments, HandleTable* pools) const {
+    segments->release(segment);
+    if (space >= 0) segments->release(space);
+    pools->release(pool);
+  }
+};
+
+// Checks a move; kPending if it may be carried out, and then it is a user of its segment, of its
+// pool and of the space that its page is in, which begins at `page`.
+inline MoveStatus admit_move(const Move& move, const MovePages& where, HandleTable* segments,
+                             HandleTable* pools, MoveUses* uses, char** page) {
   const uint64_t end = end_in_page(move);
-  if (move.page < 0 || move.page >= pages || end == 0 || end > uint64_t(page_bytes)) {
+  const Space* space = move.page < where.pages ? nullptr : where.spaces.find(move.page);
+  if (move.page < 0 || (move.page >= where.pages && space == nullptr) || end == 0 ||
+      end > uint64_t(where.page_bytes)) {
     return MoveStatus::kOutOfBounds;
   }
   const Handle segment{move.segment, move.generation};
   if (!segments->acquire(segment)) return MoveStatus::kSegmentStale;
+  *uses = {move.segment, where.pool.id, -1};
+  if (space == nullptr) {
+    *page = where.base + move.page * where.page_bytes;
+  } else {
+    if (!segments->acquire({space->segment, space->generation})) {
+      segments->release(segment.id);
+      return MoveStatus::kSegmentStale;
+    }
+    uses->space = space->segment;
+    *page = space->base() + int64_t{move.page - space->first} * where.page_bytes;
+  }
   const uint64_t size = segments->bytes(segment.id);
   MoveStatus status = MoveStatus::kPending;
   if (end > size || move.offset > size - end) {
     status = MoveStatus::kOutOfBounds;
-  } else if (!pools->acquire(pool)) {
+  } else if (!pools->acquire(where.pool)) {
     status = MoveStatus::kPoolStale;
-  } else if (!pools->bind(pool.id, base)) {
-    pools->release(pool.id);
+  } else if (!pools->bind(where.pool.id, where.base)) {
+    pools->release(where.pool.id);
     status = MoveStatus::kPoolStale;
   }
-  if (status != MoveStatus::kPending) segments->release(segment.id);
+  if (status != MoveStatus::kPending) {
+    segments->release(segment.id);
+    if (uses->space >= 0) segments->release(uses->space);
+  }
   return status;
 }
 

@@ -24,31 +24,35 @@ bool overlapping(const int32_t* src, const int32_t* dst, int64_t count) {
 }  // namespace
 
 std::string copy_pages(void* pool, int64_t pages, int64_t page_bytes, const int32_t* src,
-                       const int32_t* dst, int64_t count) {
+                       const int32_t* dst, int64_t count, const Spaces& spaces) {
+  const auto at = [&](int32_t page) {
+    return page < pages ? static_cast<char*>(pool) + page * page_bytes
+                        : spaces.page(page, page_bytes);
+  };
   for (int64_t i = 0; i < count; ++i) {
     for (const int32_t page : {src[i], dst[i]}) {
-      if (page < 0 || page >= pages) {
+      if (page < 0 || at(page) == nullptr) {
         return "page of copy " + std::to_string(i) + ": got " + std::to_string(page) +
-               "; allowed: 0 to " + std::to_string(pages - 1);
+               "; allowed: 0 to " + std::to_string(pages - 1) + ", or one of " +
+               std::to_string(spaces.count) + " spaces";
       }
     }
   }
-  char* base = static_cast<char*>(pool);
   if (overlapping(src, dst, count)) {
     std::vector<char> sources(count * page_bytes);
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(&sources[i * page_bytes], base + src[i] * page_bytes, page_bytes);
+      std::memcpy(&sources[i * page_bytes], at(src[i]), page_bytes);
     }
     for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(base + dst[i] * page_bytes, &sources[i * page_bytes], page_bytes);
+      std::memcpy(at(dst[i]), &sources[i * page_bytes], page_bytes);
     }
     return "";
   }
   const int64_t pieces = (page_bytes + kTaskBytes - 1) / kTaskBytes;
   parallel_for(count * pieces, [&](int64_t task, int) {
-    const int64_t i = task / pieces, at = task % pieces * kTaskBytes;
-    const int64_t bytes = std::min(kTaskBytes, page_bytes - at);
-    std::memcpy(base + dst[i] * page_bytes + at, base + src[i] * page_bytes + at, bytes);
+    const int64_t i = task / pieces, from = task % pieces * kTaskBytes;
+    const int64_t bytes = std::min(kTaskBytes, page_bytes - from);
+    std::memcpy(at(dst[i]) + from, at(src[i]) + from, bytes);
   });
   return "";
 }

@@ -26,7 +26,7 @@ Batch::~Batch() {
 
 cudaError_t Batch::allocate() {
   void *host = nullptr, *mapped = nullptr;
-  const size_t bytes = 16 + capacity * sizeof(Move);
+  const size_t bytes = kMovesAt * sizeof(int32_t) + capacity * sizeof(Move);
   cudaError_t error = cudaHostAlloc(&host, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
   if (error != cudaSuccess) return error;
   words = static_cast<int32_t*>(host);

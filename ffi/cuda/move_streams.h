@@ -7,6 +7,7 @@
 #include <map>
 #include <vector>
 
+#include "../cpu/moves_results.h"
 #include "moves.h"
 
 namespace aqua {
@@ -20,21 +21,23 @@ struct Batch {
   cudaError_t allocate();
   // Whether the step's head has run.
   bool written() const;
+  Spaces spaces() const { return {reinterpret_cast<const Space*>(words + 4), num_spaces}; }
 
   const int device;
   const int64_t capacity;           // moves
-  int32_t* words = nullptr;         // pinned: 3 words of head, one unused, then the moves
+  int32_t* words = nullptr;         // pinned, as hand_over_words fills it
   int32_t* device_words = nullptr;  // the same memory as the device sees it
   cudaEvent_t event = nullptr;
   char* base = nullptr;  // the pool
   int64_t pages = 0, page_bytes = 0;
+  int32_t num_spaces = 0;
   int64_t next = 0;  // moves before this one have been taken up
 };
 
-// A checked move: a user of its segment and of its pool.
+// A checked move.
 struct Item {
   Move move;
-  int32_t pool;
+  MoveUses uses;
   const char* from;  // of the page's first byte
   char* to;
   std::chrono::steady_clock::time_point not_before;

@@ -153,23 +153,24 @@ class Queue {
   // False if the ticket of a move still belongs to an older move: again later.
   bool take_up(Batch* batch) {
     const int32_t* head = batch->words;
-    const Handle pool{head[1], static_cast<uint32_t>(head[2])};
+    const MovePages where{{head[1], static_cast<uint32_t>(head[2])}, batch->base, batch->pages,
+                          batch->page_bytes, batch->spaces()};
     const int64_t count = std::min<int64_t>(head[0], batch->capacity);
     for (; batch->next < count; ++batch->next) {
       Move move;
-      std::memcpy(&move, batch->words + 4 + batch->next * (sizeof(Move) / 4), sizeof(Move));
+      std::memcpy(&move, batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4), sizeof(Move));
       if (results.taken(move.ticket)) return false;
       results.begin(move.ticket);
-      const MoveStatus status = admit_move(move, pool, batch->base, batch->pages,
-                                           batch->page_bytes, &segments, &pools);
+      MoveUses uses;
+      char* page = nullptr;
+      const MoveStatus status = admit_move(move, where, &segments, &pools, &uses, &page);
       if (status != MoveStatus::kPending) {
         results.finish(move.ticket, status, 0);
         continue;
       }
-      char* page = batch->base + move.page * batch->page_bytes;
       char* slot = segments.base(move.segment) + move.offset;
       const bool in = move.flags & kMoveIn;
-      Item item{move, pool.id, in ? slot : page, in ? page : slot,
+      Item item{move, uses, in ? slot : page, in ? page : slot,
                 hold_until(move.ticket, 0)};
       streams(batch->device)->waiting[in].push_back(item);
     }
@@ -195,7 +196,7 @@ class Queue {
                streams->fits(group, waiting.front())) {
           const Item item = waiting.front();
           waiting.pop_front();
-          if (segments.abandoned(item.move.segment)) {
+          if (item.uses.abandoned(segments)) {
             end(item, MoveStatus::kSegmentStale, 0);
           } else {
             group.push_back(item);
@@ -242,8 +243,7 @@ class Queue {
 
   static void end(const Item& item, MoveStatus status, uint64_t sum) {
     results.finish(item.move.ticket, status, sum);  // first: whoever retired the segment may ask
-    segments.release(item.move.segment);
-    pools.release(item.pool);
+    item.uses.release(&segments, &pools);
   }
 
   std::mutex inbox_lock_;  // held only to move pointers around
@@ -317,6 +317,17 @@ bool retire_segment(Handle segment, bool abandon) {
   return true;
 }
 
+bool hold_segment(Handle segment) { return segments.acquire(segment); }
+
+void release_segment(Handle segment) { segments.release(segment.id); }
+
+void* segment_address(Handle segment) {
+  if (!segments.acquire(segment)) return nullptr;
+  void* const base = segments.base(segment.id);
+  segments.release(segment.id);
+  return base;
+}
+
 Handle open_pool() { return pools.open(nullptr, 0); }
 
 bool close_pool(Handle pool) {
@@ -362,7 +373,8 @@ MoveCounters move_counters() {
 namespace cuda {
 
 cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t page_bytes,
-                      const int32_t* head, const int32_t* moves, int64_t capacity) {
+                      const int32_t* head, const int32_t* moves, int64_t capacity,
+                      const Spaces& spaces) {
   if (capacity <= 0 || queue_stopped.load(std::memory_order_seq_cst)) return cudaSuccess;
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -377,7 +389,8 @@ cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t pa
   batch->pages = pages;
   batch->page_bytes = page_bytes;
   batch->next = 0;
-  error = hand_over_words(head, moves, static_cast<int32_t>(capacity * (sizeof(Move) / 4)),
+  batch->num_spaces = spaces.count;
+  error = hand_over_words(head, moves, static_cast<int32_t>(capacity * (sizeof(Move) / 4)), spaces,
                           batch->device_words, stream);
   if (error == cudaSuccess) error = cudaEventRecord(batch->event, stream);
   if (error == cudaSuccess) queue()->push(std::move(batch));

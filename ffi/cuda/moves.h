@@ -39,14 +39,18 @@ cudaError_t copy_pieces(const Pieces& pieces, cudaStream_t stream);
 // The same, and writes each piece's checksum (../cpu/moves_copy.h) to sums[i]; with `to` null, only
 // that.
 cudaError_t copy_checked(const Pieces& pieces, uint64_t* sums, cudaStream_t stream);
-// Writes `head` (3 words), then `words` words of moves, to `out`, which the host can read.
-cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t words, int32_t* out,
-                            cudaStream_t stream);
+// Writes to `out`, which the host can read: `head` (3 words) and an unused one, the rows of
+// kMostSpaces spaces, `spaces` being the first of them, and `words` words of moves.
+cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t words,
+                            const Spaces& spaces, int32_t* out, cudaStream_t stream);
+constexpr int kSpaceWords = kMostSpaces * sizeof(Space) / sizeof(int32_t);
+constexpr int kMovesAt = 4 + kSpaceWords;  // words before the moves
 
 // What the handler does: the step's moves reach the queue when `stream` gets here. `capacity` is the
-// most moves there can be.
+// most moves there can be. Head, moves and the rows of spaces lie on the device.
 cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t page_bytes,
-                      const int32_t* head, const int32_t* moves, int64_t capacity);
+                      const int32_t* head, const int32_t* moves, int64_t capacity,
+                      const Spaces& spaces);
 
 }  // namespace cuda
 }  // namespace aqua

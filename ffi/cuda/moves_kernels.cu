@@ -137,11 +137,14 @@ __global__ __launch_bounds__(kCheckThreads) void copy_checked_kernel(Pieces all,
 
 __global__ __launch_bounds__(kThreads) void hand_over_kernel(const int32_t* head,
                                                              const int32_t* moves, int32_t words,
-                                                             int32_t* out) {
+                                                             const int32_t* spaces,
+                                                             int32_t space_words, int32_t* out) {
   if (threadIdx.x < 3) out[threadIdx.x] = head[threadIdx.x];
+  static_assert(kSpaceWords <= kThreads, "a thread per word");
+  if (threadIdx.x < space_words) out[4 + threadIdx.x] = spaces[threadIdx.x];
   // No more than there are: writes across the bus cost time.
   const int64_t used = head[0] > 0 ? int64_t{head[0]} * (sizeof(Move) / 4) : 0;
-  for (int64_t i = threadIdx.x; i < words && i < used; i += kThreads) out[4 + i] = moves[i];
+  for (int64_t i = threadIdx.x; i < words && i < used; i += kThreads) out[kMovesAt + i] = moves[i];
   __threadfence_system();
 }
 
@@ -161,9 +164,11 @@ cudaError_t copy_checked(const Pieces& pieces, uint64_t* sums, cudaStream_t stre
                 reinterpret_cast<unsigned long long*>(sums));
 }
 
-cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t words, int32_t* out,
-                            cudaStream_t stream) {
-  return launch(hand_over_kernel, 1, kThreads, 0, stream, head, moves, words, out);
+cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t words,
+                            const Spaces& spaces, int32_t* out, cudaStream_t stream) {
+  return launch(hand_over_kernel, 1, kThreads, 0, stream, head, moves, words,
+                reinterpret_cast<const int32_t*>(spaces.rows),
+                static_cast<int32_t>(spaces.count * sizeof(Space) / sizeof(int32_t)), out);
 }
 
 }  // namespace cuda
