@@ -36,6 +36,7 @@ from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.cost import CostConfig, Costs
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -45,6 +46,9 @@ from aqua_jax.scheduling.slices import SliceConfig
 # Page moves that one step has room for: 56 bytes each in the step's vector, so that thousands more
 # are handed over at once than would fit into the time of the step.
 _MAX_MOVES = 1024
+# Bytes a second that a page copy is taken to reach until one was timed: one core's memcpy, a slow
+# link. A price that knew neither dropped the first 1,300 tokens of a run instead of copying them.
+_COPY_RATE = 4e9
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -190,6 +194,7 @@ def _scheduler(
     return Scheduler(
         dataclasses.replace(limits, max_moves=max_moves), _policy(config), pool, prefix,
         Residency(pool, cast(tuple[Store, ...], tiers.stores), verify=config.verify_pages),
+        Costs(config.page_tokens, CostConfig(page_s=tiers.slot_bytes / _COPY_RATE)),
     )
 
 

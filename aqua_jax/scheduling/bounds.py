@@ -8,11 +8,11 @@ clock or behind it (`VirtualTimeQueue.forgive`, `catch_up`); a newcomer at the c
 another moves the clock by at least `slice / (sum of weights)`, so after `inverse_share = samples *
 (sum of weights) / weight` turns the clock has reached the one that waits, and after as many again
 it is so far beyond it that nobody who comes or comes back later is served before it, newcomers with
-a head start excepted: their share of all service is `credit_share`, and a few more are saved up.
+an early turn excepted: their share of all turns is `credit_share`, and a few more are saved up.
 Those who were there and are behind it take at most one turn each: the head is always the one
 furthest behind.
 
-    turns = (2 inverse_share + sequences) / (1 - credit_share) + saved head starts
+    turns = (2 inverse_share + sequences) / (1 - credit_share) + saved early turns
 
 *Turns between users.* A user gets one turn each time the others, together, have got
 `inverse_user_share` times the service of a turn; and where its turns cost the most and theirs the
@@ -64,7 +64,7 @@ class Machine:
     prefill_tokens: int  # prompt tokens of one sequence that a step has room for, at least
     slice_steps: float
     credit_share: float
-    saved_credits: int
+    early_turns: int  # saved up
     recompute_share: float | None  # of the guard; None: there is none
     run_ahead: int = 1
 
@@ -80,7 +80,7 @@ class WaitingBound:
 def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
     """The bound of the module's text. Infinite where slices are."""
     turns = math.ceil((2.0 * load.inverse_share + load.sequences) / (1.0 - machine.credit_share))
-    turns += machine.saved_credits
+    turns += machine.early_turns
     if load.users > 1:
         turns = math.ceil(load.inverse_user_share * load.turn_ratio * (turns + 2) + load.claims)
     if machine.slice_steps == math.inf:

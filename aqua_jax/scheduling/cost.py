@@ -31,6 +31,7 @@ class CostConfig:
 
     prefill_tokens: float = 0.25  # price of one prompt token, in decode tokens
     moved_page: float = 0.5  # price of moving a page once, in decode tokens
+    page_s: float = 0.0  # seconds of moving it, for when a decode's are known; 0: no idea
     # The part of a copy's time that the steps beside it lose. Between 0 (their memory and cores are
     # not shared) and 1 (nothing overlaps); `scripts/move_rates.py` measures it.
     interference: float = 0.5
@@ -40,6 +41,8 @@ class CostConfig:
         for field in ("prefill_tokens", "moved_page"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(field, getattr(self, field), "a number > 0")
+        if not 0 <= self.page_s < math.inf:
+            raise ConfigError("page_s", self.page_s, "seconds >= 0")
         if not 0 <= self.transit_steps < math.inf:
             raise ConfigError("transit_steps", self.transit_steps, "a number >= 0")
         if not 0 <= self.interference <= 1:
@@ -91,9 +94,10 @@ class Costs:
 
     def pages_within(self, share: float) -> int:
         """Pages that can be copied in that share of a decode step; a few if that isn't known."""
-        if not self._page_s or not self._decode_step_s:
+        page_s = self._page_s or self.config.page_s
+        if not page_s or not self._decode_step_s:
             return _UNKNOWN_PAGES
-        return int(share * self._decode_step_s / self._page_s)
+        return int(share * self._decode_step_s / page_s)
 
     @property
     def prefill(self) -> float:
@@ -105,9 +109,10 @@ class Costs:
     @property
     def page(self) -> float:
         """Price of moving a page one way."""
-        if not self._page_s or not self._decode_s:
+        page_s = self._page_s or self.config.page_s
+        if not page_s or not self._decode_s:
             return self.config.moved_page
-        return self.config.interference * self._page_s / self._decode_s
+        return self.config.interference * page_s / self._decode_s
 
     def recompute(self, tokens: int) -> float:
         """Price of computing tokens again."""

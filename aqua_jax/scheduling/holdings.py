@@ -166,18 +166,25 @@ class Holdings:
             own = sum(self.pool.references(home) == 0 for home in there)
             self.residency.prefetch(sequence, spare - own)
 
-    def write_behind(self, leaving_next: Iterable[Sequence], limit: int) -> None:
+    def write_behind(self, leaving_next: Iterable[Sequence], wanted: int, limit: int) -> None:
         """Copies full pages of sequences that will give way soon, so that their places come free at
         once then. Before any count has advanced in this plan: what is copied was computed by
-        steps already dispatched."""
+        steps already dispatched.
+
+        Args:
+          leaving_next: in the order in which they would go.
+          wanted: pages that should come free at once if they go; those of later ones stay.
+          limit: most pages to begin copying.
+        """
         if self.residency is None or not self.residency.usable:
             return
         size = self.pool.page_tokens
         for sequence in leaving_next:
-            if limit <= 0:
+            if limit <= 0 or wanted <= 0:
                 return
             if self.ready(sequence) and not sequence.complete:
                 full = sequence.num_computed // size * size
+                wanted -= full // size
                 if full > self.residency.backed_tokens(sequence):
                     limit -= self.residency.back(sequence, sequence.pages, full, limit)
 

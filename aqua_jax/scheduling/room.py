@@ -9,7 +9,7 @@ from aqua_jax.scheduling.policies import Policy
 from aqua_jax.scheduling.sequence import Sequence
 from aqua_jax.scheduling.slots import Slots
 
-_AHEAD_STEPS = 3  # a copy handed over now has ended, and is known to have, after two or three
+AHEAD_STEPS = 3  # a copy handed over now has ended, and is known to have, after two or three
 
 
 class Room:
@@ -30,7 +30,7 @@ class Room:
 
     def needs(self, sequence: Sequence) -> int:
         """Pages a running sequence will ask for before a copy begun now has ended."""
-        soon = min(sequence.total_len + _AHEAD_STEPS, sequence.max_total_tokens - 1)
+        soon = min(sequence.total_len + AHEAD_STEPS, sequence.max_total_tokens - 1)
         return max(0, self._pool.pages_for(soon) - len(sequence.pages))
 
     def victims(
@@ -73,6 +73,12 @@ class Room:
     def headroom(self, sequence: Sequence, growth: int) -> int:
         """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
         return 0 if self._residency is not None and sequence.preemptions == 0 else growth
+
+    def reserve(self, head: Sequence | None) -> int:
+        """Pages that should come free at once: those of a step full of prompts, that newcomers may
+        bring any moment, and those of the one who waits."""
+        waits = 0 if head is None else self._pool.pages_for(head.total_len)
+        return 2 * self._pool.pages_for(self._config.max_step_tokens) + waits
 
     def newcomers(self, head: Sequence, found: Found, count: int) -> int:
         """Pages that the other newcomers, of `count` in all, may need, as far as a step has room

@@ -26,10 +26,11 @@ One call of `plan` goes through these stages.
 *With stores below the pool* (`paging.residency`) giving way is cheap, and four things differ.
 Whoever gives way is copied out, or recomputed where that costs less (`cost`); its pages come free
 when the copies have ended, at once if they were made ahead (*write-behind*: full pages of the
-sequences next to go, while anybody waits). Whoever comes back holds slot and pages while its own
-are copied in, and runs once they have arrived. Pages that will be short within a few steps make
-the victim go now, so that nobody sits out while they are copied (`_make_room`). And newcomers need
-no room to grow: what they displace comes back cheaply, and their first token doesn't wait for it.
+sequences next to go, as many as those who come next will need). Whoever comes back holds slot and
+pages while its own are copied in, and runs once they have arrived. Pages that will be short within
+a few steps make the victim go now, so that nobody sits out while they are copied (`_make_room`).
+And newcomers need no room to grow: what they displace comes back cheaply, and their first token
+doesn't wait for it.
 
 Running ahead. `plan` for step n+1 is called while step n is on the device, and perhaps before the
 tokens of n or n-1 are known: `num_inflight` counts them, to any depth. A sequence whose length
@@ -244,7 +245,11 @@ class Scheduler:
                 growth -= self.room.growth(victim)
                 self._preempt(victim, draft)
             self.counters.switches += len(victims)
-            if not victims or not self._admit(head, self.holdings.find(head), draft, growth):
+            # A newcomer that fits goes in here as well, so that the copies which make room for the
+            # next one are under way while its prompt is computed.
+            if not victims and (headroom or not self.slots.available):
+                return
+            if not self._admit(head, self.holdings.find(head), draft, growth):
                 return
             unfinished += head.pending
 
@@ -431,12 +436,14 @@ class Scheduler:
             if head is not None:
                 spare = self.pool.available - sum(map(self.room.needs, self._running))
                 self.holdings.prefetch(head, spare)
-                self.holdings.write_behind(
-                    self.policy.leaving_next(self._running), min(
-                        self.config.write_behind_pages,
-                        self.costs.pages_within(self.config.write_behind_share),
-                    )
-                )
+            self.holdings.write_behind(
+                self.policy.leaving_next(self._running),
+                self.room.reserve(head) - self.pool.available,
+                min(
+                    self.config.write_behind_pages,
+                    self.costs.pages_within(self.config.write_behind_share),
+                ),
+            )
             moves = self.residency.take_moves(self.config.max_moves)
         if not draft.chunks and not moves:
             return None

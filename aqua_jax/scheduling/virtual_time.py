@@ -96,11 +96,17 @@ class VirtualTimeQueue(Generic[M]):
         return len(self._entries)
 
     def first(self) -> M | None:
-        """The waiting member of least vruntime."""
+        """The waiting member of least vruntime, who is served now; the clock is no less."""
+        member = self.peek()
+        if member is not None:
+            self.clock = max(self.clock, member.vruntime)
+        return member
+
+    def peek(self) -> M | None:
+        """The waiting member of least vruntime; changes nothing."""
         while self._heap:
-            vruntime, _, number, member = self._heap[0]
+            _, _, number, member = self._heap[0]
             if self._entries.get(member) == number:
-                self.clock = max(self.clock, vruntime)
                 return member
             heapq.heappop(self._heap)  # left or re-entered since
         return None

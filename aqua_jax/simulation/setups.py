@@ -127,7 +127,10 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
     )
     stores_here = make_stores(system)
     residency = Residency(pool, stores_here) if stores_here else None
-    costs = Costs(system.page_tokens, CostConfig(interference=system.interference))
+    page_s = system.page_bytes / system.links[0].bytes_per_s if system.links else 0.0
+    costs = Costs(
+        system.page_tokens, CostConfig(interference=system.interference, page_s=page_s)
+    )
     policy = make_policy(setup, limits)
     prefix = PrefixCache(pool) if limits.prefix_caching else None
     return Scheduler(config, policy, pool, prefix, residency, costs), queue

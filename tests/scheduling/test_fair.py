@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
-from aqua_jax.scheduling.fair import Fair, FairConfig
+from aqua_jax.scheduling.fair import EARLY_TURNS, Fair, FairConfig
 from aqua_jax.scheduling.plan import Plan
 from aqua_jax.scheduling.policies import FirstComeFirstServed, Policy
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -198,10 +198,10 @@ def test_a_head_too_large_for_what_is_free_is_kept_room_for() -> None:
     house.step()
     large = house.add(70, 10)  # 18 of 24 pages
     small = [house.add(4, 60) for _ in range(2)]
-    while large not in house.first_token_at:
+    while large.status is Status.WAITING:
+        assert not any(one in house.first_token_at for one in small)
         house.step()
         assert house.steps <= 40
-    assert not any(one in house.first_token_at for one in small)
 
 
 def test_a_page_shortage_hits_those_whose_slice_is_over() -> None:
@@ -354,7 +354,7 @@ def test_the_old_are_not_starved_by_steady_arrivals(users: int) -> None:
     pytest.fail("starved")
 
 
-def test_head_starts_are_limited_to_their_share() -> None:
+def test_newcomers_go_first_for_their_share_of_turns() -> None:
     def tokens_of_the_old(credit_share: float) -> int:
         house = House(fair(8, credit_share=credit_share), num_pages=400, max_num_seqs=1)
         old = [house.add(4, 700) for _ in range(2)]
@@ -369,18 +369,31 @@ def test_head_starts_are_limited_to_their_share() -> None:
     assert 0 < much <= without
 
 
-def test_head_starts_are_paid_for() -> None:
-    policy = fair(8, credit_share=0.25)
-    house = House(policy, num_pages=400, max_num_seqs=2)
-    for _ in range(2):
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_early_turns_are_earned(share: float) -> None:
+    policy = fair(2, credit_share=share)
+    house = House(policy, num_pages=400, max_num_seqs=1)
+    for _ in range(40):
         house.add(4, 900)
     for _ in range(200):
         house.step()
-    for granted in (4, 0):  # four are saved up at most; then there are none
-        newcomers = [house.add(4, 9) for _ in range(10)]
-        accounts = [policy._accounts[one] for one in newcomers]
-        early = [a for a in accounts if a.vruntime < a.user.sequences.clock]
-        assert len(early) == granted
+    for _ in range(80):
+        house.add(4, 900)
+    early: list[bool] = []  # of each turn
+    before = set(house.scheduler._running)
+    while len(early) < 80:
+        queue = policy._active[""].sequences
+        first = queue.peek()
+        assert first is not None
+        house.step()
+        for one in set(house.scheduler._running) - before:
+            early.append(one is not first.sequence)
+            assert not early[-1] or one.preemptions == 0
+        before = set(house.scheduler._running)
+    saved = EARLY_TURNS if share else 0
+    assert all(early[:saved])
+    # Some newcomers are first without being early.
+    assert share * (80 - saved) / 2 <= sum(early[saved:]) <= share * (80 - saved)
 
 
 def test_the_guard_bounds_what_is_recomputed() -> None:
