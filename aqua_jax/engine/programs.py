@@ -93,7 +93,7 @@ class Programs:
 
     def _forward(
         self, params: Leaves, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array,
-        spaces: Spaces | None,
+        spaces: Spaces | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec = self._spec
         tokens = self._tokens_of(vector)
@@ -159,7 +159,7 @@ class Programs:
         )
         return packed.reshape(blocks * block, -1)[:tokens]
 
-    def _moves(self, kv: jax.Array, vector: jax.Array, spaces: Spaces | None) -> jax.Array:
+    def _moves(self, kv: jax.Array, vector: jax.Array, spaces: Spaces | None = None) -> jax.Array:
         fields = dict(MoveVector.layout(self._spec.max_moves).unpack(vector))
         with jax.named_scope("moves"):
             return enqueue_moves(kv, fields["moves"], fields["move_head"], spaces=spaces)
