@@ -162,7 +162,9 @@ class EngineConfig:
     load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = "auto"
     dtype: DType = "auto"  # of weights and matmul inputs
     kv_dtype: DType = "auto"  # of the KV pool; auto: as dtype
-    kv_cache_memory: int = 256 * 1024 * 1024  # bytes of KV pool
+    # Bytes of KV pool. None: 256 MiB on CPUs; on a GPU what is left of device_memory_fraction
+    # beside the weights and the measured peak of a step.
+    kv_cache_memory: int | None = None
     kv_cache_tokens: int | None = None  # tokens of KV pool; overrides kv_cache_memory
     page_tokens: int = 16
     max_model_len: int | None = None  # tokens; None: the model's, cut to what the pool holds
@@ -183,6 +185,11 @@ class EngineConfig:
     peer: str = ""  # socket of a lender (`aqua-jax lend`) whose memory is used first; "": none
     peer_kv_memory: int | None = None  # bytes to borrow of it; None: all it has free
     verify_pages: bool = False  # checksums on every page that comes back
+    platform: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the best that jax finds
+    # Share of a GPU's memory that XLA's allocator may take, for weights, KV pool and a step's
+    # temporaries; the rest is for arenas and other processes. None: what XLA_CLIENT_MEM_FRACTION
+    # says, or 0.9. No meaning on CPUs.
+    device_memory_fraction: float | None = None
     attention: Literal["auto", "ffi", "reference"] = "auto"
     matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
@@ -201,18 +208,19 @@ class EngineConfig:
             "dtype": ("auto", "bfloat16", "float32"),
             "kv_dtype": ("auto", "bfloat16", "float32"),
             "policy": ("fair", "fcfs", "fcfs_swap", "priority"),
+            "platform": ("auto", "cpu", "cuda"),
             "attention": ("auto", "ffi", "reference"),
             "matmul": ("auto", "ffi", "xla"),
             "warmup": ("none", "minimal", "full"),
         }
         for field, values in choices.items():
             check(getattr(self, field) in values, field, "one of " + ", ".join(values))
-        for field in ("page_tokens", "max_num_seqs", "kv_cache_memory"):
+        for field in ("page_tokens", "max_num_seqs"):
             value = getattr(self, field)
             check(_is_int(value) and value > 0, field, "an integer > 0")
         optional = (
-            "kv_cache_tokens", "max_model_len", "max_step_tokens", "max_chunk_tokens",
-            "slice_steps", "peer_kv_memory",
+            "kv_cache_memory", "kv_cache_tokens", "max_model_len", "max_step_tokens",
+            "max_chunk_tokens", "slice_steps", "peer_kv_memory",
         )
         for field in optional:
             value = getattr(self, field)
@@ -226,6 +234,11 @@ class EngineConfig:
             f"at least max_num_seqs ({self.max_num_seqs}), so that every decode fits a step",
         )
         check(_is_int(self.seed), "seed", "an integer")
+        fraction = self.device_memory_fraction
+        check(
+            fraction is None or (_is_number(fraction) and 0.05 <= fraction <= 0.98),
+            "device_memory_fraction", "a number from 0.05 to 0.98, or null",
+        )
         check(
             _is_number(self.tbt_slo_ms) and self.tbt_slo_ms >= 0, "tbt_slo_ms",
             "milliseconds, a number >= 0",

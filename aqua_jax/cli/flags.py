@@ -68,7 +68,8 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
     default, choice = _defaults(), _choices(flags)
     with flags.group("KV cache"):
         flags.size(
-            "kv_cache_memory", default["kv_cache_memory"], "Memory of the pool of keys and values."
+            "kv_cache_memory", None, "Memory of the pool of keys and values; default: 256MiB on "
+            "CPUs, on a GPU what weights and a step's temporaries leave.",
         )
         flags.integer(
             "kv_cache_tokens", None, "Size of the pool in tokens, instead of --kv_cache_memory.", 1
@@ -120,6 +121,12 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
         )
         flags.switch("verify_pages", False, "Compare checksums of all pages that come back.")
     with flags.group("Execution"):
+        choice("platform", "Where the model runs; auto: a GPU if there is one.")
+        flags.number(
+            "device_memory_fraction", None, "Share of a GPU's memory for weights, KV pool and "
+            "temporaries together; the rest is left to arenas and others. (default: 0.9)",
+            0.05, 0.98,
+        )
         choice("attention", "Attention kernel; reference is plain jnp and runs anywhere.")
         choice("matmul", "Matrix multiplication.")
         choice("warmup", "What to compile before starting.")
@@ -224,8 +231,9 @@ def sampling_params(flags: FlagSet) -> SamplingParams:
 
 def summary(config: EngineConfig) -> str:
     """The configuration in one line, for the log."""
-    pool = (
-        f"{config.kv_cache_tokens} tokens" if config.kv_cache_tokens
-        else format_size(config.kv_cache_memory)
-    )
+    pool = "automatic"
+    if config.kv_cache_tokens:
+        pool = f"{config.kv_cache_tokens} tokens"
+    elif config.kv_cache_memory:
+        pool = format_size(config.kv_cache_memory)
     return f"model {config.model}, dtype {config.dtype}, KV pool {pool}"

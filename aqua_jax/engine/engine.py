@@ -71,6 +71,7 @@ class Engine:
         self._scheduler, self._pool = parts.scheduler, parts.pool
         self._runner: Runner = parts.runner
         self._pager, self._trace = parts.pager, parts.trace
+        self._memory = parts.memory
         self._implementations = parts.implementations
         self._startup = parts.timings
         self.metrics = EngineMetrics()
@@ -269,6 +270,7 @@ class Engine:
             "compiles": programs.compiles,
             "compiles_after_warmup": programs.compiles_after_warmup,
             "implementations": dict(self._implementations),
+            "memory": self._memory.as_dict(),
             "startup": dict(self._startup),
         }
 

@@ -67,7 +67,7 @@ class Programs:
     """Compiles, keeps and hands out the programs of one engine."""
 
     def __init__(
-        self, graphdef: Any, params: Params, kv: jax.Array, spec: StepSpec,
+        self, graphdef: Any, params: Params, kv: jax.Array | jax.ShapeDtypeStruct, spec: StepSpec,
         spaces: Spaces | None = None,
     ):
         self._graphdef, self._spec = graphdef, spec
@@ -189,13 +189,15 @@ class Programs:
         """Compile ahead of time, two at a time.
 
         Args:
-          level: "none", "minimal" (every size of the common programs) or "full" (the rare
-            variants too).
+          level: "none", "largest" (those with the largest peak of memory, to measure it),
+            "minimal" (every size of the common programs) or "full" (the rare variants too).
           progress: called with (done, total) after each program.
         """
         keys: list[tuple] = []
         buckets = self._spec.buckets
-        if level != "none":
+        if level == "largest":
+            keys += [("forward", buckets.tokens[-1]), ("sample", buckets.rows[-1], SampleVariant())]
+        elif level != "none":
             # Largest first: the longest compile should not be the last to start.
             keys += [("forward", t) for t in reversed(buckets.tokens)]
             keys += [("sample", r, SampleVariant()) for r in reversed(buckets.rows)]
@@ -213,7 +215,18 @@ class Programs:
                 future.result()
                 if progress is not None:
                     progress(done, len(keys))
-        self._warm = level != "none"
+        self._warm = level not in ("none", "largest")
+
+    @property
+    def spec(self) -> StepSpec:
+        """What shapes them."""
+        return self._spec
+
+    def memory_analyses(self) -> list[Any]:
+        """The compiler's own analysis of each program compiled so far, where it has one."""
+        with self._lock:
+            compiled = list(self._compiled.values())
+        return [found for found in (one.memory_analysis() for one in compiled) if found is not None]
 
     def temp_bytes(self, tokens: int) -> int:
         """Scratch of the forward program, from the compiler's own analysis."""
@@ -275,5 +288,5 @@ class Programs:
         return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
 
 
-def _shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
+def _shape_of(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)

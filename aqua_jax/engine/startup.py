@@ -20,6 +20,7 @@ from absl import logging
 
 from aqua_jax import loading
 from aqua_jax.config import EngineConfig
+from aqua_jax.engine import memory_plan, platform
 from aqua_jax.engine.buckets import BucketTable
 from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Programs, StepSpec
@@ -28,10 +29,12 @@ from aqua_jax.engine.runner import Runner
 from aqua_jax.engine.tiers import Tiers, open_tiers
 from aqua_jax.engine.trace_events import TraceEvents
 from aqua_jax.errors import ConfigError
+from aqua_jax.memory import arena
 from aqua_jax.models.config import ModelConfig
 from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
+from aqua_jax.ops.attention import no_kernel_for
 from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
@@ -49,6 +52,7 @@ _MAX_MOVES = 1024
 # Bytes a second that a page copy is taken to reach until one was timed: one core's memcpy, a slow
 # link. A price that knew neither dropped the first 1,300 tokens of a run instead of copying them.
 _COPY_RATE = 4e9
+_DEFAULT_POOL = 256 << 20  # bytes, where nothing says how much there is
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -66,6 +70,7 @@ class Parts:
     runner: Runner
     pager: Pager | None  # None: pages never move
     trace: TraceEvents | None
+    memory: memory_plan.MemoryPlan
     implementations: dict[str, str]  # op -> implementation in use
     timings: dict[str, float]  # seconds by phase
 
@@ -99,6 +104,7 @@ def _build(
 ) -> Parts:
     timings: dict[str, float] = {}
     started = time.monotonic()
+    platform.start(config)
     enable_compile_cache(config.compile_cache_dir)
     pack = _packs_weights(config)
     loaded = loading.load(
@@ -113,40 +119,53 @@ def _build(
 
     dtype = jnp.dtype(loaded.dtype)
     kv_dtype = dtype if config.kv_dtype == "auto" else jnp.dtype(_DTYPES[config.kv_dtype])
-    num_pages = pool_pages(config, model, kv_dtype.itemsize)
-    max_model_len = model_length(config, model, num_pages * config.page_tokens)
-    attention = _attention(config)
     page_bytes = page_size(config, model, kv_dtype.itemsize)
+    attention = _attention(config, model, kv_dtype)
+    graphdef, _ = abstract_decoder(model, dtype)
+    device = jax.local_devices()[0]
+    memory = platform.device_memory(device)
+
+    def shape(pages: int) -> tuple[int, ...]:
+        return (pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim)
+
+    def spec_for(pages: int, moves: bool) -> StepSpec:
+        return _spec(config, model, pages, attention, pack, moves=moves)
+
+    def probe(pages: int) -> Programs:
+        kv = jax.ShapeDtypeStruct(shape(pages), kv_dtype)
+        found = Programs(graphdef, params, kv, spec_for(pages, config.swaps))
+        found.warm_up("largest")
+        return found
+
+    sized = None
+    if _fills_the_device(config, memory):
+        guess = memory_plan.guessed_peak(model, config.step_tokens, config.max_num_seqs)
+        sized = memory_plan.size_pool(memory, page_bytes, guess, probe)
+    num_pages = sized.pages if sized else pool_pages(config, model, kv_dtype.itemsize, memory)
     # Before the programs are compiled: a lender that can't be reached is known at once.
     tiers = open_tiers(config, attention, num_pages, page_bytes)
     opened.callback(tiers.close)
-    spec = StepSpec(
-        sequences=config.max_num_seqs,
-        table_width=-(-max_model_len // config.page_tokens),
-        buckets=BucketTable.build(
-            config.step_tokens, config.max_num_seqs, deterministic=config.deterministic,
-            skips_padding=pack and attention == "ffi",
-        ),
-        history_width=max_model_len,
-        deterministic=config.deterministic,
-        counts_rows=pack or not config.deterministic,
-        attention=attention,
-        head_dim=model.head_dim,
-        max_moves=min(_MAX_MOVES, 2 * num_pages) if tiers.usable else 0,
-    )
-    shape = (
-        num_pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim
-    )
+    spec = spec_for(num_pages, tiers.usable)
 
     def make_kv() -> jax.Array:
-        return jnp.zeros(shape, kv_dtype)
+        return jnp.zeros(shape(num_pages), kv_dtype)
 
     kv = make_kv()
-    graphdef, _ = abstract_decoder(model, dtype)
-    programs = Programs(graphdef, params, kv, spec)
+    if sized and sized.programs.spec == spec:
+        programs = sized.programs
+    else:
+        programs = Programs(graphdef, params, kv, spec)
     warmup_started = time.monotonic()
     programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
+    weights = memory_plan.bytes_on(params.values(), device)
+    plan = memory_plan.MemoryPlan(
+        library.platform(), device.device_kind, weights, num_pages * page_bytes,
+        memory_plan.peak_bytes(programs), max(0, memory.in_use - weights),
+        memory_plan.margin_of(memory), memory,
+    )
+    logging.info("%s", plan.table())
+    max_model_len = spec.history_width
     scheduler = _scheduler(config, num_pages, max_model_len, tiers, spec.max_moves)
     trace = None
     if config.trace_events:
@@ -171,11 +190,33 @@ def _build(
     tokenizer = None if isinstance(loaded.tokenizer, loading.NoTokenizer) else loaded.tokenizer
     implementations = {
         **library.implementations(), "attention": attention, "linear": "ffi" if pack else "xla",
-        "moves": tiers.moves, "platform": jax.default_backend(),
+        "moves": tiers.moves, "platform": plan.platform,
     }
     return Parts(
         model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, scheduler.pool,
-        scheduler, runner, pager, trace, implementations, timings,
+        scheduler, runner, pager, trace, plan, implementations, timings,
+    )
+
+
+def _spec(
+    config: EngineConfig, model: ModelConfig, pages: int, attention: Literal["ffi", "reference"],
+    pack: bool, *, moves: bool,
+) -> StepSpec:
+    """What shapes the programs, for a pool of so many pages."""
+    max_model_len = model_length(config, model, pages * config.page_tokens)
+    return StepSpec(
+        sequences=config.max_num_seqs,
+        table_width=-(-max_model_len // config.page_tokens),
+        buckets=BucketTable.build(
+            config.step_tokens, config.max_num_seqs, deterministic=config.deterministic,
+            skips_padding=pack and attention == "ffi",
+        ),
+        history_width=max_model_len,
+        deterministic=config.deterministic,
+        counts_rows=pack or not config.deterministic,
+        attention=attention,
+        head_dim=model.head_dim,
+        max_moves=min(_MAX_MOVES, 2 * pages) if moves else 0,
     )
 
 
@@ -219,11 +260,19 @@ def page_size(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
     return model.num_layers * 2 * model.kv_size * itemsize * config.page_tokens
 
 
-def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
-    """Pages of the KV pool.
+def _fills_the_device(config: EngineConfig, memory: platform.DeviceMemory) -> bool:
+    """Whether the pool gets what is left of the device's memory."""
+    given = config.kv_cache_memory is not None or config.kv_cache_tokens is not None
+    return memory.available is not None and not given
+
+
+def pool_pages(
+    config: EngineConfig, model: ModelConfig, itemsize: int, memory: platform.DeviceMemory
+) -> int:
+    """Pages of a KV pool whose size was given, or is the default where nothing limits it.
 
     Raises:
-      ConfigError: not even one page, or more than this machine's memory.
+      ConfigError: not even one page, or more than the device's, or else this machine's, memory.
     """
     page_bytes = page_size(config, model, itemsize)
     if config.kv_cache_tokens is not None:
@@ -231,12 +280,12 @@ def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
         pages = value // config.page_tokens
         unit = f"{config.page_tokens} tokens"
     else:
-        field, value = "kv_cache_memory", config.kv_cache_memory
+        field, value = "kv_cache_memory", config.kv_cache_memory or _DEFAULT_POOL
         pages = value // page_bytes
         unit = f"{page_bytes} bytes"
     if pages < 1:
         raise ConfigError(field, value, f"at least one page: {unit} for this model")
-    available = _available_memory()
+    available = memory.available if memory.available is not None else _available_memory()
     if available is not None and pages * page_bytes > available:
         raise ConfigError(
             field, value, f"what fits into the {available} bytes of memory that are available "
@@ -247,16 +296,7 @@ def pool_pages(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
 
 def _available_memory() -> int | None:
     """Bytes of host memory free for use, where the platform's devices use it and Linux tells."""
-    if jax.default_backend() != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return arena.available_memory() if jax.default_backend() == "cpu" else None
 
 
 def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> int:
@@ -299,8 +339,18 @@ def _policy(config: EngineConfig) -> Policy:
     return Fair(FairConfig(slices=slices))
 
 
-def _attention(config: EngineConfig) -> Literal["ffi", "reference"]:
+def _attention(
+    config: EngineConfig, model: ModelConfig, kv_dtype: Any
+) -> Literal["ffi", "reference"]:
+    """The implementation to use: heads that no kernel takes fall back, unless `ffi` is a must."""
     chosen = _choose("attention", config.attention, "aqua_attention", "reference")
+    if chosen == "ffi" and (why := no_kernel_for(
+        kv_dtype, model.num_heads, model.num_kv_heads, model.head_dim, config.page_tokens
+    )):
+        if config.attention == "ffi":
+            raise ConfigError("attention", "ffi", f"reference or auto: {why}")
+        logging.warning("attention falls back to the jnp reference, which is slow: %s", why)
+        chosen = "reference"
     return "ffi" if chosen == "ffi" else "reference"
 
 

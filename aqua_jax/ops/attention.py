@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -119,20 +119,40 @@ def paged_attention(
     return kv, out
 
 
+def no_kernel_for(
+    kv_dtype: Any, heads: int, kv_heads: int, head_dim: int, page_tokens: int
+) -> str:
+    """Why the compiled handler of this platform can't take such a pool; empty if it can."""
+    if not library.available("aqua_attention"):
+        return library.reason() or f"the platform {library.platform()} has no aqua_attention"
+    if library.platform() != "cuda":
+        return ""
+    name = jnp.dtype(kv_dtype).name
+    if _ask_workspace(name, 1, heads, 1, page_tokens, kv_heads, head_dim, False):
+        return ""
+    return (f"no kernel for {heads} heads over {kv_heads} of {head_dim} elements, "
+            f"{name}, {page_tokens} tokens a page")
+
+
 def _workspace_bytes(
     kv: jax.Array, q: jax.Array, meta: AttentionMetadata, deterministic: bool
 ) -> int:
     """Scratch memory of the CUDA handler for these shapes; 0 if it has no kernel for them."""
+    _, _, _, page_tokens, kv_heads, dim = kv.shape
+    return _ask_workspace(
+        kv.dtype.name, *q.shape[:2], meta.kv_lens.shape[0], page_tokens, kv_heads, dim,
+        deterministic,
+    )
+
+
+def _ask_workspace(dtype: str, *shape_and_mode: int) -> int:
+    """shape_and_mode: tokens, heads, seqs, page_tokens, kv_heads, head_dim, deterministic."""
     native = library.symbols()
     assert native is not None
     ask = native.aqua_attention_workspace
     ask.restype = ctypes.c_int64
     ask.argtypes = [ctypes.c_int32, *[ctypes.c_int64] * 6, ctypes.c_int32]
-    _, _, _, page_tokens, kv_heads, dim = kv.shape
-    return ask(
-        _TYPES[kv.dtype.name], *q.shape[:2], meta.kv_lens.shape[0], page_tokens, kv_heads, dim,
-        deterministic,
-    )
+    return ask(_TYPES[dtype], *shape_and_mode)
 
 
 def _check(

@@ -33,6 +33,7 @@ def _native() -> ctypes.CDLL:
         ("aqua_arena_scrub", i32, [i64, u64, u64]),
         ("aqua_arena_checksum", i32, [i64, u64, u64, out_u64]),
         ("aqua_arena_topology", i32, [i32, i32, ctypes.POINTER(i64)]),
+        ("aqua_arena_memory", i32, [i32, out_u64, out_u64]),
     ):
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
@@ -62,12 +63,25 @@ class DeviceArena:
         )
 
     @classmethod
-    def create(cls, nbytes: int, device: int = 0) -> DeviceArena:
+    def create(cls, nbytes: int, device: int = 0, *, claimed: int = 0) -> DeviceArena:
         """Allocates at least `nbytes` on `device`, filled with zeros.
 
+        Args:
+          nbytes: rounded up to the device's units, usually 2 MiB.
+          device: ordinal of the GPU.
+          claimed: bytes that XLA's allocator may still take there, and must find
+            (`engine.platform.DeviceMemory.claimed`).
+
         Raises:
-          ArenaError: there is no driver or not so much memory.
+          ArenaError: there is no driver, or not so much memory beside what is claimed.
         """
+        found = memory(device)
+        if found is not None and nbytes > max(0, found[0] - claimed):
+            raise ArenaError(
+                f"an arena on GPU {device}: got {nbytes} bytes; allowed: at most "
+                f"{max(0, found[0] - claimed)}, for {found[0]} of {found[1]} are free there and "
+                f"XLA's allocator may take {claimed} of them (see device_memory_fraction)"
+            )
         size, address, fd = ctypes.c_uint64(), ctypes.c_uint64(), ctypes.c_int32(-1)
         identity = _require(
             _native().aqua_arena_create(device, nbytes, size, address, fd),
@@ -136,6 +150,17 @@ class DeviceArena:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def memory(device: int) -> tuple[int, int] | None:
+    """Bytes of a GPU that nobody has, and all there are; None where they can't be asked for."""
+    with library.lowering_for("cuda"):
+        if library.symbols() is None:
+            return None
+    free, total = ctypes.c_uint64(), ctypes.c_uint64()
+    if not _native().aqua_arena_memory(device, free, total):
+        return None
+    return free.value, total.value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,3 +213,12 @@ int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_
   cudaFreeHost(host);
   return done;
 }
+
+int32_t aqua_arena_memory(int32_t device, uint64_t* free, uint64_t* total) {
+  if (!ready(device)) return 0;
+  size_t unused = 0, all = 0;
+  if (!ok(cudaMemGetInfo(&unused, &all), "cudaMemGetInfo")) return 0;
+  *free = unused;
+  *total = all;
+  return 1;
+}

@@ -32,6 +32,9 @@ int32_t aqua_arena_scrub(int64_t id, uint64_t offset, uint64_t bytes);
 // The checksum of moves over a range (as one run), and waits. 1 or 0.
 int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_t* sum);
 
+// Bytes of `device` that nobody has, and all there are. 1 or 0.
+int32_t aqua_arena_memory(int32_t device, uint64_t* free, uint64_t* total);
+
 // How `device` reaches memory of `peer`. Returns 1, or 0 on an error.
 //   out[0]: 1 if it can at all (without staging through the host)
 //   out[1]: NVLink links of `device` in use, if the two talk through them; 0: PCIe, or unknown

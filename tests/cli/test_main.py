@@ -156,7 +156,7 @@ def test_flags_set_every_field():
         "--noprefix_caching", "--policy=priority",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
         "--trace_events=e.json",
-        "--attention=reference", "--matmul=xla",
+        "--attention=reference", "--matmul=xla", "--platform=cpu", "--device_memory_fraction=0.5",
         "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
         "--max_new_tokens=9", "--n=2", "--stop=a", "--stop=b", "--stop_token_ids=4", "--top_k=3",
         "--sampling_seed=8", "--logprobs=0",
