@@ -182,8 +182,8 @@ class EngineConfig:
     # Bytes of own memory for pages that gave way; 0: none; None: four times the pool, but at most a
     # quarter of what is available.
     host_kv_memory: int | None = None
-    peer: str = ""  # socket of a lender (`aqua-jax lend`) whose memory is used first; "": none
-    peer_kv_memory: int | None = None  # bytes to borrow of it; None: all it has free
+    peer: str = ""  # socket of a lender or a coordinator: lent memory is used first; "": none
+    peer_kv_memory: int | None = None  # bytes to borrow there at most; None: all that is lent
     verify_pages: bool = False  # checksums on every page that comes back
     platform: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the best that jax finds
     # Share of a GPU's memory that XLA's allocator may take, for weights, KV pool and a step's
@@ -256,7 +256,7 @@ class EngineConfig:
             f"0 or null with policy {self.policy}, which recomputes; bytes with "
             + ", ".join(SWAPPING),
         )
-        check(isinstance(self.peer, str), "peer", "a lender's socket, or empty")
+        check(isinstance(self.peer, str), "peer", "a socket of a lender or a coordinator, or empty")
         check(
             not self.peer or self.swaps, "peer",
             f"empty with policy {self.policy}, which recomputes; a lender's socket with "

@@ -1,0 +1,193 @@
+"""Engines that borrow through a coordinator: same answers, whoever comes, goes, hangs or dies."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from aqua_jax.engine.engine import Engine
+from aqua_jax.memory.arena import Arena
+from aqua_jax.memory.client import Client
+from aqua_jax.memory.loan import Lending
+from aqua_jax.ops import moves as copy_queue
+from tests.coordinator.running import Running, coordinator
+from tests.engine.driving import run_all, tiny_engine
+from tests.engine.paged import PAGE_BYTES
+from tests.engine.test_paging import check_nothing_in_use, ids, paged_some, steps, tight, work
+from tests.faults import coordinated
+from tests.memory.leftovers import leftovers
+from tests.memory.lending import new_name, wait_for
+
+SLICES = {"policy": "fair", "slice_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    """Answers to `work()` with a pool that holds everything."""
+    with tiny_engine(folder, deterministic=True, kv_cache_tokens=4096) as engine:
+        return ids(run_all(engine, work()))
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with coordinator(new_name(), "--term_s=5", "--metrics_port=0") as found:
+        yield found
+
+
+@contextlib.contextmanager
+def lent(path: str, pages: int, name: str) -> Iterator[Lending]:
+    """Pages of this process's, lent through the coordinator; afterwards all are back."""
+    with Arena.create(pages * PAGE_BYTES) as arena, Client(path, name=name) as client:
+        lending = client.lend(arena, name=name)
+        yield lending
+        if lending.alive and client.connected:
+            lending.reclaim(0, 5.0)
+            wait_for(lambda: lending.lent == 0, "everything is back")
+
+
+def begin(engine: Engine) -> None:
+    for index, (tokens, params) in enumerate(work()):
+        engine.add_request(f"r{index}", tokens, params)
+
+
+def finish(engine: Engine, last: dict) -> list[list[int]]:
+    """Runs what has begun to its end."""
+    last |= steps(engine, lambda: not engine.has_unfinished())
+    assert all(output.finished and output.error is None for output in last.values())
+    return ids(last[f"r{index}"] for index in range(len(last)))
+
+
+def until(engine: Engine, condition, last: dict) -> None:
+    """Steps until it holds; work begins anew when it has ended before."""
+    again = 0
+
+    def look() -> bool:
+        nonlocal again
+        if not engine.has_unfinished():
+            again += 1
+            assert again < 50, "it never happens"
+            begin(engine)
+        return condition()
+
+    last |= steps(engine, look)
+
+
+def leases(engine: Engine) -> list[dict]:
+    """What is lent by whom."""
+    return engine.stats()["paging"]["stores"][0]["leases"]
+
+
+def held(engine: Engine) -> dict[str, int]:
+    """Pages in use by lender."""
+    found: dict[str, int] = {}
+    for one in leases(engine):
+        found[one["lender"]] = found.get(one["lender"], 0) + one["in_use"]
+    return found
+
+
+def test_memory_of_two_lenders_comes_goes_and_comes_again(folder, expected, running):
+    """Pages go to both; what one wants back goes to the other or the host, and climbs later."""
+    with leftovers() as left:
+        with lent(running.path, 8, "near") as near, lent(running.path, 64, "far") as far:
+            with tight(
+                folder, peer=running.path, host_kv_memory=128 * PAGE_BYTES, verify_pages=True,
+                warmup="minimal", **SLICES,
+            ) as engine:
+                assert sum(one["capacity"] for one in leases(engine)) == 72
+                begin(engine)
+                last: dict = {}
+                until(engine, lambda: all(held(engine).values()), last)
+                far.reclaim(0, 5.0)
+                until(engine, lambda: far.lent == 0 and "far" not in held(engine), last)
+                assert running.held() == near.lent == 8 * PAGE_BYTES  # only as much as asked
+                assert finish(engine, last) == expected
+                # Somebody lends again while requests are away: what is at the host climbs.
+                begin(engine)
+                host = engine._scheduler.residency.tiers.stores[-1]
+                until(engine, lambda: host.in_use > 4, last)
+                far.reclaim(64 * PAGE_BYTES)
+                for start, end in far.take_returned():
+                    far.lend(start, end - start)
+                climbed = engine._scheduler.residency.counters
+                until(engine, lambda: climbed.climbed > 0, last)
+                assert finish(engine, last) == expected
+                stats = engine.stats()
+            wait_for(lambda: running.held() == 0, "all is given back")
+        check_nothing_in_use(stats)
+        assert stats["paging"]["moves_failed"] == {} and stats["compiles_after_warmup"] == 0
+        assert stats["paging"]["relocated"] > 0
+    wait_for(lambda: left() == [], "connections end")
+
+
+@pytest.mark.parametrize("victim", ["lender", "coordinator", "both"])
+def test_what_is_killed_costs_recomputation_only(folder, expected, victim):
+    path = new_name()
+    with coordinator(path, "--term_s=2", "--metrics_port=0") as running, leftovers() as left:
+        with coordinated.lender(path, "1MiB", "--name=mortal") as lender, tight(
+            folder, peer=path, host_kv_memory=0, **SLICES
+        ) as engine:
+            begin(engine)
+            last = steps(engine, lambda: paged_some(engine.stats()))
+            if victim != "lender":
+                running.kill()
+            if victim != "coordinator":
+                lender.signal(signal.SIGKILL)
+            assert finish(engine, last) == expected
+            stats = engine.stats()
+            check_nothing_in_use(stats)
+            if victim == "lender":
+                wait_for(lambda: engine.tend() or not leases(engine), "its memory is let go of")
+            if victim == "coordinator":
+                assert stats["paging"]["stores"][0]["capacity"] == (1 << 20) // PAGE_BYTES
+                assert stats["recomputed_tokens"] == 0 and not stats["paging"]["moves_failed"]
+            else:
+                assert stats["pool_resets"] == 0
+            if victim != "lender":
+                running.start()
+            with lent(path, 130, "next"):
+                wait_for(
+                    lambda: engine.tend() or sum(
+                        one["capacity"] for one in leases(engine) if one["lender"] == "next"
+                    ) == 130, "the next lender's is borrowed", 20.0,
+                )
+                last = {}
+                begin(engine)
+                assert finish(engine, last) == expected
+                engine.close()
+    wait_for(lambda: left() == [], "connections end")
+
+
+def test_a_coordinator_that_hangs_costs_the_engine_nothing(folder, expected):
+    """Exactly the same steps, and no wait."""
+    path = new_name()
+    seen = []
+    with coordinator(path, "--term_s=5", "--metrics_port=0") as running, lent(path, 128, "lender"):
+        for hangs in (False, True):
+            with tight(folder, peer=path, host_kv_memory=0, **SLICES) as engine:
+                engine._scheduler.costs.observe_step = lambda *_: None  # plans by counts alone
+
+                def in_order(engine: Engine = engine) -> bool:
+                    engine._runner.fence()
+                    assert copy_queue.drain(10)
+                    return not engine.has_unfinished()
+
+                if hangs:
+                    running.signal(signal.SIGSTOP)
+                begin(engine)
+                last = steps(engine, in_order)
+                assert finish(engine, last) == expected
+                stats = engine.stats()
+                running.signal(signal.SIGCONT)
+            paging = stats["paging"]
+            assert paging["bytes_out"] > 0
+            seen.append((stats["steps"], stats["recomputed_tokens"], paging["bytes_out"]))
+            assert paging["wait_s"] < 0.05
+    assert seen[0] == seen[1]
