@@ -113,9 +113,9 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "default: 4 times the pool, at most a quarter of the available memory.", low=0,
         )
         flags.string(
-            "peer", "", "Socket of a process that lends memory (aqua-jax lend --listen=PATH), or of "
-            "a coordinator that knows several (aqua-jax coordinator --socket=PATH): their memory "
-            "is used before our own; not with --policy=fcfs.", "PATH",
+            "peer", "", "Socket of a process that lends memory (aqua-jax lend --listen=PATH), or "
+            "of a coordinator that knows several (aqua-jax coordinator --socket=PATH): their "
+            "memory is used before our own; not with --policy=fcfs.", "PATH",
         )
         flags.size(
             "peer_kv_memory", None, "Memory to borrow there at most; default: all that is lent."
