@@ -22,6 +22,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find ffi -type f 2>/dev/null)
 PYTEST := $(BIN)/python -m pytest
+# Halves that lend each other tests at the end: what a file's tests share is made once, as a rule.
+SHARED := -n $(JOBS) --dist=worksteal
 
 .PHONY: help setup demo test test-long test-packaging sanitize lint bench clean
 help:  ## Show this list
@@ -60,10 +62,10 @@ demo: $(VENV)/.stamp-install $(VENV)/.stamp-demo  ## A burst on SmolLM2-135M wit
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 test: setup  ## Run the tests (ARGS="-k name" for some)
-	@$(PYTEST) -n $(JOBS) $(ARGS)
+	@$(PYTEST) $(SHARED) $(ARGS)
 
 test-long: setup  ## Run them with SCALE times the random cases and steps, and the packaging tests
-	@AQUA_TEST_SCALE=$(SCALE) $(PYTEST) -n $(JOBS) -m '' $(ARGS)
+	@AQUA_TEST_SCALE=$(SCALE) $(PYTEST) $(SHARED) -m '' $(ARGS)
 
 test-packaging: setup  ## Build sdist and wheel, install elsewhere, import
 	@$(PYTEST) -m packaging $(ARGS)

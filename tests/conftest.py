@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -85,6 +86,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("parity")]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported for the tests lives as long as they do; the garbage collector needn't look
+    at it again. With torch and jax there, every full collection took 0.4 s, and each test that
+    proves that nothing is left asks for two."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -11,6 +13,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from aqua_jax.loading import load
 from aqua_jax.loading.resolve import demo_path
+
+# On models this small a second thread only waits, spinning: twelve times the processor time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +32,7 @@ def demo_reference() -> dict[str, Any]:
             num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads,
         )  # fmt: skip
         empty = transformers.LlamaForCausalLM(shape)
-    return load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)
+    # transformers makes this table anew for each of the model's 397 modules.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        return load_gguf_checkpoint(demo_path(), return_tensors=True, model_to_load=empty)

@@ -1,6 +1,6 @@
 """Every family through the paged engine against transformers: log probabilities and greedy text.
 
-Pages of 4 tokens, prompt chunks of 13 and a step budget of 32 make prompts cross pages, windows,
+Pages of 4 tokens, prompt chunks of 13 and a step budget of 16 make prompts cross pages, windows,
 chunks and steps, with several requests in each step.
 """
 
@@ -61,7 +61,7 @@ def test_engine_matches_transformers(name, tmp_path):
     save_model(hf_model, tmp_path)
     config = EngineConfig(
         model=str(tmp_path), dtype="float32", page_tokens=4, max_chunk_tokens=13,
-        max_step_tokens=32, max_num_seqs=4, kv_cache_tokens=400, warmup="none",
+        max_step_tokens=16, max_num_seqs=4, kv_cache_tokens=400, warmup="none",
     )
     generator = np.random.default_rng(1)
     with Engine(config) as engine:
