@@ -30,9 +30,13 @@ flight have arrived:
 
     steps = turns * ceil(longest / prefill_tokens) + (turns / concurrent + 1) * (slice + latency)
 
-With the guard (`Slices`), a switch waits until other tokens have paid for it as well:
+With the guard (`Slices`), a switch waits until other tokens have paid for it as well, and for what
+is overdrawn:
 
-    + turns * ceil(longest * (1 - share) / share / concurrent)
+    + ceil((turns * switch + overdrawn) * (1 - share) / share / concurrent)
+
+where a switch costs what copying the longest sequence out and back does, as long as stores have
+room and that is cheaper, and else all its tokens. What a store loses afterwards is overdrawn then.
 """
 
 from __future__ import annotations
@@ -65,7 +69,9 @@ class Machine:
     slice_steps: float
     credit_share: float
     early_turns: int  # saved up
-    recompute_share: float | None  # of the guard; None: there is none
+    switch_share: float | None  # of the guard; None: there is none
+    switch_tokens: float  # price of the dearest switch
+    overdrawn: float = 0.0  # tokens that the guard waits for
     run_ahead: int = 1
 
 
@@ -88,7 +94,7 @@ def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
     latency = machine.run_ahead + _SWITCH_LATENCY
     steps = turns * math.ceil(load.longest / machine.prefill_tokens)
     steps += (math.ceil(turns / machine.concurrent) + 1) * (int(machine.slice_steps) + latency)
-    if machine.recompute_share is not None:
-        tokens = load.longest * (1.0 - machine.recompute_share) / machine.recompute_share
-        steps += turns * math.ceil(tokens / machine.concurrent)
+    if machine.switch_share is not None:
+        earned = (1.0 - machine.switch_share) / machine.switch_share / machine.concurrent
+        steps += math.ceil((turns * machine.switch_tokens + machine.overdrawn) * earned)
     return WaitingBound(turns, steps)

@@ -121,8 +121,6 @@ class _Account(Member):
 class Fair:
     """The policy `fair`. Every operation is O(log n) in live sequences, or O(running)."""
 
-    timeless = False
-
     def __init__(self, config: FairConfig | None = None) -> None:
         self.config = config or FairConfig()
         self.slices = Slices(self.config.slices)
@@ -346,19 +344,25 @@ class Fair:
                 self._remember(user)
 
     def waiting_bound(
-        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1,
+        dearest: Callable[[int, int], float] | None = None,
     ) -> WaitingBound | None:
         """The longest wait of a runnable sequence under the present load; None without load. O(n).
 
-        `run_ahead`: steps that are planned before the tokens of a step are known.
+        Args:
+          limits: the scheduler's.
+          pool: the scheduler's.
+          run_ahead: steps that are planned before the tokens of a step are known.
+          dearest: `Room.dearest`; None: whoever gives way is recomputed.
         """
         if not self._accounts:
             return None
         config, steps, slices = self.config, self.slices.steps, self.config.slices
-        longest, shares, turns = 0, [], []  # turns: service that each takes, at least
+        longest, pages, shares, turns = 0, 0, [], []  # turns: service that each takes, at least
         for account in self._accounts.values():
             sequence, queue = account.sequence, account.user.sequences
             longest = max(longest, sequence.max_total_tokens)
+            pages += pool.pages_for(sequence.max_total_tokens)
             shares.append(self._turn(account, 1) / config.decode_cost * queue.weight
                           / account.weight)
             output = sequence.max_total_tokens - sequence.prompt_len
@@ -377,8 +381,9 @@ class Fair:
             concurrent=max(1, min(limits.max_num_seqs, pool.num_pages // pool.pages_for(longest))),
             prefill_tokens=min(chunk, limits.max_step_tokens - limits.max_num_seqs + 1),
             slice_steps=steps, credit_share=config.credit_share, early_turns=self._early_turns,
-            recompute_share=slices.recompute_share if slices.slice_steps == "auto" else None,
-            run_ahead=run_ahead,
+            switch_share=slices.recompute_share if slices.slice_steps == "auto" else None,
+            switch_tokens=longest if dearest is None else dearest(longest, pages),
+            overdrawn=self.slices.overdrawn, run_ahead=run_ahead,
         ))
 
     # Inside.

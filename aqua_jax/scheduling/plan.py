@@ -38,6 +38,8 @@ class Plan:
     # Copies to hand over at the head of the step, before anything else; a plan may be only these.
     moves: tuple[Move, ...] = ()
     moved: tuple[Sequence, ...] = ()  # whose pages are others now: some of `copies` are theirs
+    # For how many further steps the same decodes go on, as `steady.holds` says; 0: nobody asked.
+    holds: int = 0
 
 
 @dataclasses.dataclass

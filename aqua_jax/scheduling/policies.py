@@ -77,7 +77,8 @@ class Policy(Protocol):
         """The sequence ended; it is in no queue any more."""
 
     def waiting_bound(
-        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1,
+        dearest: Callable[[int, int], float] | None = None,
     ) -> WaitingBound | None:
         """The longest wait of a runnable sequence under the present load, where there is one."""
 
@@ -90,7 +91,6 @@ class _Ranked:
     place. O(log n) to push and remove, O(1) for the head."""
 
     growth_steps = 0.0
-
     def __init__(self, key: Callable[[Sequence], tuple[float, int]]) -> None:
         self._key = key
         self._waiting = SortedKeyList(key=key)
@@ -142,7 +142,8 @@ class _Ranked:
         """Nothing is kept about a sequence."""
 
     def waiting_bound(
-        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1,
+        dearest: Callable[[int, int], float] | None = None,
     ) -> WaitingBound | None:
         """None: others may run for as long as they like."""
         return None

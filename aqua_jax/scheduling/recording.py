@@ -108,6 +108,8 @@ class Recorder:
             self._costs |= measured
             self._note("costs", measured)
         made = plan(now)
+        if made is not None and made.holds:  # every step is to be planned
+            made = dataclasses.replace(made, holds=0)
         self._note("plan", now, plan_digest(made))
         for move in () if made is None else made.moves:
             self._moves[move] = self._num_moves

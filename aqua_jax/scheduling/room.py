@@ -104,3 +104,16 @@ class Room:
         if self.swaps(computed, unsaved):
             return self._costs.swap(computed, unsaved)
         return float(computed)
+
+    def dearest(self, tokens: int, pages: int) -> float:
+        """The most that a switch costs, in decode tokens, while stores keep what they took.
+
+        Args:
+          tokens: of the longest sequence.
+          pages: of all sequences, at their longest; if stores can't hold so many, some are
+            recomputed.
+        """
+        stores = () if self._residency is None else self._residency.tiers.stores
+        capacity = sum(store.capacity for store in stores if not store.lost)
+        swap = self._costs.swap(tokens, tokens)
+        return swap if pages <= capacity and swap <= self._costs.recompute(tokens) else tokens

@@ -216,7 +216,9 @@ class Scheduler:
         """How long a runnable sequence can wait under the present load, in steps; None if the
         policy promises nothing or nobody is live. Looks at every live sequence."""
         moves = 0 if self.residency is None else 2 * self.config.move_steps  # out, and in
-        return self.policy.waiting_bound(self.config, self.pool, run_ahead + moves)
+        return self.policy.waiting_bound(
+            self.config, self.pool, run_ahead + moves, self.room.dearest
+        )
 
     # Stage 0: turns.
 

@@ -93,8 +93,8 @@ class Slices:
         pages run short as long as admissions are bold."""
         if self._steps == math.inf:
             return 0.0
-        overdrawn = self._auto and self._budget < 0.0
-        return float(self.config.max_slice_steps) if overdrawn else self._steps
+        bold = self._auto and self.overdrawn > 0.0
+        return float(self.config.max_slice_steps) if bold else self._steps
 
     def observe(self, now: float, live: int, running: int, switch_steps: float = 0.0) -> None:
         """Called once per plan; adapts the length to the time a step takes and to the load.
@@ -130,6 +130,11 @@ class Slices:
     def spend(self, tokens: float) -> None:
         """A switch costs as much as so many tokens (negative: less than was charged before)."""
         self._budget -= tokens
+
+    @property
+    def overdrawn(self) -> float:
+        """Tokens that switches cost beyond what was earned."""
+        return max(0.0, -self._budget)
 
     @property
     def guarded(self) -> bool:

@@ -5,6 +5,11 @@ behind, wait for the oldest step's tokens. Steps run one after another; the host
 behind them unless it takes longer. Moves begin with their step and end when their link has carried
 them; the first plan after that knows. Everything is a function of the requests, the machine and
 the policy: there is no randomness and no real time.
+
+Most steps repeat the one before. A plan says for how many steps that can go on (`Plan.holds`), and
+the loop skips them: it adds up times, and the scheduler books tokens and pages (`steady.Coast`),
+until something arrives or ends or somebody's turn is over. What comes out is the same to the last
+bit; 10,000 requests of the Azure trace take a third of the time.
 """
 
 from __future__ import annotations
@@ -18,16 +23,17 @@ from typing import Protocol
 from aqua_jax.bench.open_loop import SAMPLE_EVERY_S, Run, Sample, Served
 from aqua_jax.bench.traces import MOONCAKE_BLOCK, TraceRequest
 from aqua_jax.errors import SimulationError
-from aqua_jax.paging.moves import Store
+from aqua_jax.paging.moves import Move, Store
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.limits import SchedulerCounters
 from aqua_jax.scheduling.plan import Plan
+from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.simulation.cost import StepCost
 from aqua_jax.simulation.links import CopyQueue
-from aqua_jax.simulation.work import Work, work_of
+from aqua_jax.simulation.work import Work, moved_bytes, work_of
 
 RUN_AHEAD = 1  # steps dispatched beyond the one whose tokens the host waits for, as in the engine
 _OWN = 1 << 40  # token ids of a request's own from here on: no two requests share one
@@ -90,7 +96,7 @@ class Outcome:
 class _Step:
     """A dispatched step."""
 
-    plan: Plan
+    sampled: list[Sequence]  # in the order of their chunks
     work: Work
     begin: float
     end: float
@@ -117,7 +123,7 @@ class Simulator:
     def __init__(
         self, scheduler: SchedulerLike, cost: StepCost, requests: Sequence_[TraceRequest], *,
         queue: CopyQueue | None = None, host_s: float = 0.0, run_ahead: int | None = None,
-        max_tokens: Sequence_[int] | None = None,
+        max_tokens: Sequence_[int] | None = None, skip: bool = True,
     ) -> None:
         """
         Args:
@@ -130,6 +136,7 @@ class Simulator:
             or as the engine.
           max_tokens: of each request, where its output is to end earlier than it might; None: it
             goes on to its limit.
+          skip: steps that repeat the one before are not planned one by one.
         """
         self._scheduler = scheduler
         self._cost = cost
@@ -140,6 +147,10 @@ class Simulator:
         if self._residency is not None:
             stores = self._residency.tiers.stores
         self._stores: tuple[Store, ...] = tuple(stores)
+        self._coaster: Scheduler | None = None
+        if skip and isinstance(scheduler, Scheduler):
+            self._coaster = scheduler
+            scheduler.foresight = True
         self._steps_wait = bool(getattr(scheduler, "steps_wait_for_moves", False))
         self._host_s = host_s
         if run_ahead is None:
@@ -201,40 +212,96 @@ class Simulator:
         self._report_moves(now)
         plan = self._scheduler.plan(now)
         self._clock += self._host_s
-        runs = plan is not None and bool(plan.chunks)
+        runs, finished = plan is not None and bool(plan.chunks), self._finished
         if plan is not None:
             self._dispatch(plan)
         if self._pending and (not runs or len(self._pending) > self._run_ahead):
             self._take_in(self._pending.popleft())
         elif plan is None:
             self._idle()
+        if (
+            plan is not None and plan.holds and self._coaster is not None
+            and finished == self._finished
+        ):
+            self._skip(self._coaster, plan)
 
     def _dispatch(self, plan: Plan) -> None:
+        begin = self._hand_over(plan.moves)
+        if plan.chunks:
+            work = work_of(plan, self._scheduler.pool.page_tokens)
+            self._launch(
+                _Step([one.sequence for one in plan.chunks if one.sample], work, begin,
+                      begin + self._cost.seconds(work))
+            )
+
+    def _hand_over(self, moves: Sequence_[Move]) -> float:
+        """Moves begin with a step that begins when the device is free; returns that time."""
         begin = max(self._clock, self._device_free)
-        self._queue.hand_over(plan.moves, begin)
-        if self._steps_wait and plan.moves:
+        self._queue.hand_over(moves, begin)
+        if self._steps_wait and moves:
             ready = max(begin, self._queue.last_end())
             self._wait_s += ready - begin
             begin = ready
-        end = begin
-        if plan.chunks:
-            work = work_of(plan, self._scheduler.pool.page_tokens)
-            end += self._cost.seconds(work)
-            self._device_s += end - begin
-            self._device_free = end
-            self._steps += 1
-            self._pending.append(_Step(plan, work, begin, end))
+        return begin
 
-    def _take_in(self, step: _Step) -> None:
-        plan, work = step.plan, step.work
+    def _launch(self, step: _Step) -> None:
+        self._device_s += step.end - step.begin
+        self._device_free = step.end
+        self._steps += 1
+        self._pending.append(step)
+
+    def _skip(self, scheduler: Scheduler, plan: Plan) -> None:
+        """Runs the steps after `plan`, dispatched, as long as they are the same decodes."""
+        served = [self._by_sequence[chunk.sequence] for chunk in plan.chunks]
+        first = {chunk.sequence for chunk in plan.chunks}
+        # The step whose tokens end a request is taken in as any other.
+        left = min(one.request.output - len(one.tokens) for one in served) - 1
+        if left <= 0 or not all(one.tokens for one in served) or any(
+            len(step.sampled) != len(first) or not first.issuperset(step.sampled)
+            for step in self._pending
+        ):
+            return
+        due = math.inf
+        if self._sent < len(self._served):
+            due = self._served[self._sent].due
+        coast, work = scheduler.coast(plan), work_of(plan, scheduler.pool.page_tokens)
+        clocks: list[float] = []
+        taken = self._taken
+        while left and self._clock < due:
+            self._report_moves(self._clock)
+            if not coast.step(self._clock):
+                break
+            left -= 1
+            self._clock += self._host_s
+            work = work._replace(
+                decode_context=work.decode_context + work.decodes,
+                moved_bytes=moved_bytes(coast.moves, scheduler.pool.page_tokens),
+            )
+            begin = self._hand_over(coast.moves)
+            self._launch(_Step(coast.order, work, begin, begin + self._cost.seconds(work)))
+            if len(self._pending) > self._run_ahead:
+                self._pass(self._pending.popleft())
+                coast.accept(self._tokens + 1)
+                self._tokens += len(first)
+                clocks.append(self._clock)
+                self._sample()
+        for one in served:
+            one.tokens += clocks
+            one.steps += range(taken + 1, self._taken + 1)
+
+    def _pass(self, step: _Step) -> None:
+        """A step is over, and its tokens are read."""
         self._clock = max(self._clock, step.end)
         self._taken += 1
         if self._costs is not None:
+            work = step.work
             self._costs.observe_step(work.prefill_tokens, work.decodes, step.end - step.begin)
+
+    def _take_in(self, step: _Step) -> None:
+        self._pass(step)
         clock, scheduler, token = self._clock, self._scheduler, self._tokens
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if not chunk.sample or sequence.status is Status.FINISHED:
+        for sequence in step.sampled:
+            if sequence.status is Status.FINISHED:
                 continue
             token += 1
             scheduler.accept(sequence, token)
@@ -248,6 +315,11 @@ class Simulator:
                 del self._by_sequence[sequence]
                 sequence.tokens = []  # a long run keeps only what is still needed
         self._tokens = token
+        self._sample()
+
+    def _sample(self) -> None:
+        """Notes the state, now and then and at the end."""
+        clock, scheduler = self._clock, self._scheduler
         ended = self._finished == len(self._served)
         if not self._samples or clock - self._samples[-1].time_s >= SAMPLE_EVERY_S or ended:
             self._samples.append(Sample(

@@ -26,7 +26,6 @@ class VirtualTokenCounter:
     """Implements `scheduling.policies.Policy`. O(users waiting) to find the head."""
 
     growth_steps = 0.0
-
     def __init__(self) -> None:
         self._queues: dict[str, deque[Sequence]] = {}  # users with waiting requests
         self._counters: dict[str, float] = {}
@@ -125,7 +124,8 @@ class VirtualTokenCounter:
             table.pop(sequence, None)
 
     def waiting_bound(
-        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1
+        self, limits: SchedulerConfig, pool: PagePool, run_ahead: int = 1,
+        dearest: Callable[[int, int], float] | None = None,
     ) -> WaitingBound | None:
         """None: others may run for as long as they like."""
         return None

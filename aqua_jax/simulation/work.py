@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from aqua_jax.paging.moves import Move
 from aqua_jax.scheduling.plan import Plan
 
 
@@ -48,5 +50,10 @@ def work_of(plan: Plan, page_tokens: int) -> Work:
             prefill += count
             prefill_context += count * chunk.start + count * (count + 1) // 2
             reads += end
-    moved = sum(move.count * move.store.slot_bytes // page_tokens for move in plan.moves)
+    moved = moved_bytes(plan.moves, page_tokens)
     return Work(prefill, decodes, decode_context, prefill_context, reads, sampled, moved)
+
+
+def moved_bytes(moves: Iterable[Move], page_tokens: int) -> int:
+    """What moves carry."""
+    return sum(move.count * move.store.slot_bytes // page_tokens for move in moves)
