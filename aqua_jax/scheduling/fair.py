@@ -121,6 +121,8 @@ class _Account(Member):
 class Fair:
     """The policy `fair`. Every operation is O(log n) in live sequences, or O(running)."""
 
+    timeless = False
+
     def __init__(self, config: FairConfig | None = None) -> None:
         self.config = config or FairConfig()
         self.slices = Slices(self.config.slices)

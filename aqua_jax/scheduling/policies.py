@@ -27,6 +27,8 @@ _WRITE_BEHIND = 1  # sequences of the worst rank whose pages are copied ahead: m
 class Policy(Protocol):
     """Who is served first. Holds the waiting queue; the scheduler holds everything else."""
 
+    timeless: bool  # service, costs and time change nothing: not the order, nor who gives way
+
     def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
         """Called once, by the scheduler: what things cost, what it costs the others when a running
         sequence gives way, in decode tokens, and whether its pages are kept in a store then."""
@@ -91,6 +93,8 @@ class _Ranked:
     place. O(log n) to push and remove, O(1) for the head."""
 
     growth_steps = 0.0
+    timeless = True
+
     def __init__(self, key: Callable[[Sequence], tuple[float, int]]) -> None:
         self._key = key
         self._waiting = SortedKeyList(key=key)

@@ -63,6 +63,7 @@ from aqua_jax.scheduling.relocation import relocate
 from aqua_jax.scheduling.room import Room
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slots import Slots
+from aqua_jax.scheduling.steady import Coast, holds
 
 
 class Scheduler:
@@ -97,6 +98,7 @@ class Scheduler:
         self.room = Room(config, policy, self.holdings, self.costs, self.slots)
         policy.bind(self.costs, self.room.price, residency is not None)
         self.counters = SchedulerCounters()
+        self.foresight = False  # whether plans say how long they hold
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
         self._live: set[Sequence] = set()
         self._new: set[Sequence] = set()  # of these, those that never had a page
@@ -152,7 +154,13 @@ class Scheduler:
                 plan = dataclasses.replace(
                     plan, preempted=tuple(dict.fromkeys(draft.preempted + again.preempted))
                 )
+        if plan is not None and self.foresight:
+            return dataclasses.replace(plan, holds=holds(self, plan, self._running))
         return plan
+
+    def coast(self, plan: Plan) -> Coast:
+        """The steps after a plan just made, as long as they repeat it."""
+        return Coast(self, plan, self._running, self._head, self._commit)
 
     def _draft(self, now: float) -> tuple[Draft, Plan | None]:
         draft = Draft(self.config.max_step_tokens)

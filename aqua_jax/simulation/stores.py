@@ -6,7 +6,7 @@ import heapq
 from typing import NamedTuple
 
 from aqua_jax.errors import ConfigError, StaleHandleError
-from aqua_jax.paging.moves import StoreSlot
+from aqua_jax.paging.moves import Pace, StoreSlot
 
 
 class SlotHandle(NamedTuple):
@@ -23,6 +23,7 @@ class SlotStore:
         if capacity < 1 or slot_bytes < 1:
             raise ConfigError("capacity", capacity, "at least one slot of at least one byte")
         self.name, self.slot_bytes = name, slot_bytes
+        self.pace: Pace | None = None
         self.peak = 0
         self._capacity = capacity
         self._generations = [0] * capacity

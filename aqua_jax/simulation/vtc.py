@@ -26,6 +26,8 @@ class VirtualTokenCounter:
     """Implements `scheduling.policies.Policy`. O(users waiting) to find the head."""
 
     growth_steps = 0.0
+    timeless = False
+
     def __init__(self) -> None:
         self._queues: dict[str, deque[Sequence]] = {}  # users with waiting requests
         self._counters: dict[str, float] = {}
