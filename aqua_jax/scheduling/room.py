@@ -88,7 +88,7 @@ class Room:
         if self._residency is None or head.preemptions:
             return 0
         fitting = self._config.max_step_tokens // head.total_len
-        return (min(count, fitting) - 1) * self._holdings.demand(head, found)
+        return max(0, min(count, fitting) - 1) * self._holdings.demand(head, found)
 
     def swaps(self, computed: int, unsaved: int) -> bool:
         """Whether copying out and back is cheaper than recomputing."""
