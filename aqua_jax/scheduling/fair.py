@@ -43,7 +43,7 @@ from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import Load, Machine, WaitingBound, waiting_bound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.limits import SchedulerConfig
-from aqua_jax.scheduling.sequence import Sequence, Standing
+from aqua_jax.scheduling.sequence import Sequence, Standing, Status
 from aqua_jax.scheduling.slices import SliceConfig, Slices
 from aqua_jax.scheduling.virtual_time import Member, VirtualTimeQueue
 
@@ -138,6 +138,7 @@ class Fair:
         self._costs: Costs | None = None
         self._price: Callable[[Sequence], float] = lambda sequence: float(sequence.num_computed)
         self._prices: dict[Sequence, float] = {}  # of this plan
+        self._merits: list[_Account] | None = None  # of this plan
         self._swaps = False
 
     def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
@@ -213,6 +214,7 @@ class Fair:
     def begin(self, now: float, running: int) -> None:
         """A plan begins."""
         self._prices.clear()
+        self._merits = None
         switch = self._costs.switch_steps if self._swaps and self._costs is not None else 0.0
         self.slices.observe(now, len(self._accounts), running, switch)
 
@@ -233,40 +235,44 @@ class Fair:
             self._charge_turn(account, steps)
         self._users.charge(user, account.prepaid)
 
-    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> Iterator[Sequence]:
         """Sequences whose slice is over and that have had no less than `head`, or whatever they
         had if its turn is an early one; most served first, as many as the guard affords. Where
         their pages are kept, a newcomer takes the place of those inside their slices as well, after
         their first token: its first is worth more than their next ones a little earlier."""
         if self.slices.steps == math.inf:
-            return []
+            return
         waiting = self._accounts[head]
-        least = waiting.vruntime
+        least, users_least = waiting.vruntime, waiting.user.vruntime
         if waiting in waiting.user.newcomers and waiting.user.credit >= 1.0:
             least = -math.inf
         begun = 0.0
         if self._swaps and head.preemptions == 0:
             begun = self.slices.steps - 1
-        owed = [
-            account for account in map(self._accounts.__getitem__, running)
-            if account.slice_left <= begun and (
-                account.vruntime >= least if account.user is waiting.user
-                else account.user.vruntime >= waiting.user.vruntime
-            )
-        ]
-        owed.sort(key=_merit, reverse=True)
-        if not self.slices.guarded:
-            return [account.sequence for account in owed]
-        price, result = 0.0, []
-        for account in owed:
-            one = account.sequence
-            if one not in self._prices:  # asked for each head of a plan
-                self._prices[one] = self._price(one)
-            price += self._prices[one]
-            if not self.slices.affords(price):
-                break
-            result.append(one)
-        return result
+        price = 0.0
+        for account in self._by_merit(running):
+            user, one = account.user, account.sequence
+            if account.slice_left > begun or one.status is not Status.RUNNING:
+                continue  # in its slice, or gone since the plan began
+            if account.vruntime < least if user is waiting.user else user.vruntime < users_least:
+                continue
+            if self.slices.guarded:
+                if one not in self._prices:  # asked for each head of a plan
+                    self._prices[one] = self._price(one)
+                price += self._prices[one]
+                if not self.slices.affords(price):
+                    return
+            yield one
+
+    def _by_merit(self, running: Iterable[Sequence]) -> list[_Account]:
+        """Accounts of those who run, most served first. Found once a plan, for in its course
+        sequences only go, or come with a slice before them; but users are charged."""
+        if self._merits is None:
+            self._merits = [self._accounts[one] for one in running]
+            self._merits.sort(key=_merit, reverse=True)
+        elif len(self._active) > 1:
+            self._merits.sort(key=_merit, reverse=True)
+        return self._merits
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
         """Sequences inside their slices first, those before the first token of a slice (who would

@@ -8,7 +8,6 @@ on the sequences right.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from aqua_jax.errors import SequenceStateError
@@ -196,17 +195,17 @@ class Holdings:
 
     def freed_by(
         self, victims: Iterable[Sequence], spared: Iterable[PageHandle]
-    ) -> Iterator[int]:
-        """Pages that come free as each of `victims` gives way, in this order, one after another;
-        those of `spared` stay."""
-        kept, released = set(spared), Counter[PageHandle]()
+    ) -> Iterator[tuple[Sequence, int]]:
+        """Each of `victims`, and the pages that come free as it gives way, in this order, one after
+        another; those of `spared` stay."""
+        kept, released = set(spared), dict[PageHandle, int]()
+        references, pins = self.pool.references, self.pins
         for victim in victims:
             gain = 0
             for page in victim.pages:
-                released[page] += 1
-                others = self.pool.references(page) - self.pins(page) - released[page]
-                gain += page not in kept and others == 0
-            yield gain
+                released[page] = gone = released.get(page, 0) + 1
+                gain += references(page) - pins(page) == gone and page not in kept
+            yield victim, gain
 
     def pins(self, page: PageHandle) -> int:
         """References to a page that copies to a store hold."""

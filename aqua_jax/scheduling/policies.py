@@ -57,9 +57,9 @@ class Policy(Protocol):
         """A sequence has left the queue with a slot and pages; `lost` of its pending tokens were
         computed before. `sequence.switch_price` still tells what its preemption was to cost."""
 
-    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> Iterable[Sequence]:
         """Running sequences that may be made to give way to the head of the queue where it does
-        not fit, first to go first."""
+        not fit, first to go first. Read before anything changes, perhaps only its beginning."""
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
         """Running sequences, first served first."""

@@ -46,7 +46,7 @@ def relocate(
         for index, page in enumerate(sequence.pages):
             if pool.withdrawn(page.id):
                 holders.setdefault(page, []).append((sequence, index))
-    spare = pool.available - sum(map(room.needs, running))
+    spare = pool.available - room.needs(running)
     most = min(spare, MOST, room.copies - len(copies))
     changed: dict[Sequence, None] = {}
     for old, places in holders.items():

@@ -46,6 +46,7 @@ sequences that run.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.moves import Move
@@ -233,33 +234,38 @@ class Scheduler:
     def _take_turns(self, draft: Draft, now: float) -> None:
         unfinished = -1  # prompt tokens that admitted sequences wait to compute; -1: not counted
         growth = 0  # pages the running ones may claim soon
-        while (head := self._head(now)) is not None:
-            yielding = self.policy.yielding(head, self._running)
-            if not yielding or head in draft.preempted:
+        while (head := self._head(now)) is not None and head not in draft.preempted:
+            owed = iter(self.policy.yielding(head, self._running))
+            first = next(owed, None)
+            if first is None:
                 return
-            if any(sequence.complete for sequence in self._running):
-                return  # what ends now gives its place back in a moment
             if unfinished < 0:
+                if any(sequence.complete for sequence in self._running):
+                    return  # what ends now gives its place back in a moment
                 unfinished = sum(s.pending for s in self._running if s.pending > 1)
-                growth = sum(map(self.room.growth, self._running))
+                growth = self.room.growth(self._running)
             found = self.holdings.find(head)
             pending = head.total_len - found.tokens
             if pending > 1 and unfinished >= self.config.max_step_tokens - len(self._running):
                 return  # its prompt could not begin in this step
-            growth += self.room.growth(head)
+            growth += self.room.growth((head,))
             headroom = self.room.headroom(head, growth)
             others = self.room.newcomers(head, found, len(self._new))
-            victims = others and self.room.victims(head, found, yielding, growth + others)
-            victims = victims or self.room.victims(head, found, yielding, headroom)
+            victims = self.room.victims(
+                head, found, itertools.chain((first,), owed),
+                (growth + others, headroom) if others else (headroom,),
+            )
+            growth -= self.room.growth(victims)
             for victim in victims:
-                growth -= self.room.growth(victim)
                 self._preempt(victim, draft)
             self.counters.switches += len(victims)
             # A newcomer that fits goes in here as well, so that the copies which make room for the
             # next one are under way while its prompt is computed.
             if not victims and (headroom or not self.slots.available):
                 return
-            if not self._admit(head, self.holdings.find(head), draft, growth):
+            if head.parent in victims:  # there is nothing to share any more
+                found = self.holdings.find(head)
+            if not self._admit(head, found, draft, growth):
                 return
             unfinished += head.pending
 
@@ -298,11 +304,12 @@ class Scheduler:
         Returns:
           Those that stay.
         """
-        short = sum(map(self.room.needs, runnable)) - coming - self.holdings.available
+        short = self.room.needs(runnable) - coming - self.holdings.available
         while short > 0 and len(runnable) > 1:
             victim = self.policy.victim(reversed(runnable))
             runnable.remove(victim)
-            short -= self.room.needs(victim) + next(self.holdings.freed_by([victim], ()))
+            _, freed = next(self.holdings.freed_by((victim,), ()))
+            short -= self.room.needs((victim,)) + freed
             self._preempt(victim, draft)
         return runnable
 
@@ -382,8 +389,8 @@ class Scheduler:
             if sequence is None or sequence in draft.preempted:
                 return
             if growth is None:
-                growth = sum(map(self.room.growth, self._running))
-            growth += self.room.growth(sequence)
+                growth = self.room.growth(self._running)
+            growth += self.room.growth((sequence,))
             if not self._admit(sequence, self.holdings.find(sequence), draft, growth):
                 return
             if self.holdings.ready(sequence):
@@ -444,7 +451,7 @@ class Scheduler:
         if self.residency is not None:
             head = self.policy.head(now)
             if head is not None:
-                spare = self.pool.available - sum(map(self.room.needs, self._running))
+                spare = self.pool.available - self.room.needs(self._running)
                 self.holdings.prefetch(head, spare)
             self.holdings.write_behind(
                 self.policy.leaving_next(self._running),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from aqua_jax.scheduling.fair import Fair
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aqua_jax.paging.pages import PageHandle
+from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.holdings import Found
 from aqua_jax.scheduling.sequence import Sequence
-from tests.scheduling.histories import History, Machine
+from aqua_jax.scheduling.slices import SliceConfig
+from tests.scheduling.histories import PAGE_TOKENS, History, Machine
 
 
 def test_other_newcomers_need_nothing_where_no_prompt_fits_a_step():
@@ -18,4 +25,35 @@ def test_other_newcomers_need_nothing_where_no_prompt_fits_a_step():
         for prompt in (4, 8, 60)
     ]
     assert wanted == [2 * 1, 1 * 2, 0]  # others times pages
+    history.close()
+
+
+@given(st.lists(
+    st.tuples(st.integers(1, 90), st.integers(0, 2), st.integers(1, 60), st.integers(0, 24)),
+    max_size=6,
+), st.sampled_from([0, 30]), st.sampled_from([1, 7, math.inf]), st.sampled_from([0, 3, 48]))
+def test_growth_and_needs_are_the_pages_of_the_next_tokens(
+    shapes: list[tuple[int, int, int, int]], host_slots: int, slice_steps: float, growth: int
+) -> None:
+    history = History(
+        Machine(num_pages=99, max_num_seqs=8, max_step_tokens=16, host_slots=host_slots,
+                growth_tokens=growth),
+        Fair(FairConfig(SliceConfig(slice_steps))),
+    )
+    room, sequences, asked, soon = history.scheduler.room, [], 0, 0
+    for number, (known, inflight, left, pages) in enumerate(shapes):
+        one = Sequence(number, str(number), [1] * known, known + inflight + left)
+        one.num_inflight, one.pages = inflight, [PageHandle(page, 1) for page in range(pages)]
+        sequences.append(one)
+
+        def pages_in(tokens: int, one: Sequence = one) -> int:
+            return math.ceil(min(tokens, one.max_total_tokens - 1) / PAGE_TOKENS)
+
+        soon += max(0, pages_in(one.total_len + 3) - pages)
+        sliced = slice_steps != math.inf
+        horizon = 4 if host_slots else max(growth, slice_steps if sliced else 0)
+        before = pages if sliced and pages else math.ceil(one.total_len / PAGE_TOKENS)
+        asked += max(0, pages_in(one.total_len + int(horizon)) - before)
+    assert room.growth(sequences) == asked == sum(room.growth((one,)) for one in sequences)
+    assert room.needs(sequences) == soon
     history.close()
