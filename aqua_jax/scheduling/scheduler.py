@@ -55,7 +55,7 @@ from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
-from aqua_jax.scheduling.forks import Forks
+from aqua_jax.scheduling.forks import Queue
 from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Draft, Plan
@@ -104,7 +104,7 @@ class Scheduler:
         self._live: set[Sequence] = set()
         self._new: set[Sequence] = set()  # of these, those that never had a page
         self._running: dict[Sequence, None] = {}
-        self._held = Forks()
+        self._queue = Queue(policy, self._live)
 
     @property
     def num_live(self) -> int:
@@ -143,7 +143,7 @@ class Scheduler:
             sequence.chain.extend(sequence.tokens)
         self._live.add(sequence)
         self._new.add(sequence)
-        self._enqueue(sequence)
+        self._queue.push(sequence)
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when nothing can run before a token arrives or one is added."""
@@ -234,7 +234,7 @@ class Scheduler:
     def _take_turns(self, draft: Draft, now: float) -> None:
         unfinished = -1  # prompt tokens that admitted sequences wait to compute; -1: not counted
         growth = 0  # pages the running ones may claim soon
-        while (head := self._head(now)) is not None and head not in draft.preempted:
+        while (head := self._queue.head(now)) is not None and head not in draft.preempted:
             owed = iter(self.policy.yielding(head, self._running))
             first = next(owed, None)
             if first is None:
@@ -365,7 +365,7 @@ class Scheduler:
         self._vacate(sequence, keep)
         sequence.returned = -1
         sequence.status = Status.WAITING
-        self._enqueue(sequence)
+        self._queue.push(sequence)
 
     def _lose(self, sequence: Sequence, draft: Draft) -> None:
         """Pages of a sequence did not arrive: it goes back to the queue with those that did."""
@@ -378,14 +378,14 @@ class Scheduler:
         self._vacate(sequence, min(sound, sequence.num_computed))
         sequence.status = Status.WAITING
         draft.preempted.append(sequence)
-        self._enqueue(sequence)
+        self._queue.push(sequence)
 
     # Stage 2: waiting sequences.
 
     def _admit_waiting(self, draft: Draft, now: float) -> None:
         growth: int | None = None  # pages the running ones may claim soon
         while draft.budget > 0 and self.slots.available:
-            sequence = self._head(now)
+            sequence = self._queue.head(now)
             if sequence is None or sequence in draft.preempted:
                 return
             if growth is None:
@@ -396,17 +396,6 @@ class Scheduler:
             if self.holdings.ready(sequence):
                 count = min(sequence.pending, draft.budget, self._chunk_limit)
                 draft.add(sequence, count, sequence.pending)
-
-    def _head(self, now: float) -> Sequence | None:
-        """The head of the queue, if it can be admitted as far as its tokens are concerned."""
-        while True:
-            sequence = self.policy.head(now)
-            if sequence is None or sequence.num_inflight > 0:
-                return None
-            if not self._held.awaits(sequence, self._live):
-                return sequence
-            self.policy.remove(sequence)  # its parent was preempted meanwhile
-            self._enqueue(sequence)
 
     def _admit(self, sequence: Sequence, found: Found, draft: Draft, growth: int) -> bool:
         """Gives a waiting sequence its slot and the pages of its tokens."""
@@ -478,7 +467,7 @@ class Scheduler:
             self.holdings.register(sequence)
             self.policy.on_service(sequence, tokens=chunk.count)
             if sequence.num_computed >= sequence.prompt_len - 1:
-                self._release_forks(sequence)
+                self._queue.release(sequence)
         plan = Plan(
             self.counters.plans, tuple(draft.chunks), tuple(copies), tuple(draft.preempted),
             num_tokens, moves, moved,
@@ -487,19 +476,7 @@ class Scheduler:
         self.counters.tokens += num_tokens
         return plan
 
-    # Queues.
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        """Into the policy's queue, or, for a fork that can share its parent's prompt soon, aside:
-        there it blocks nobody, and it comes back when the prompt is computed or the parent ends."""
-        if self._held.awaits(sequence, self._live):
-            self._held.hold(sequence)
-        else:
-            self.policy.push(sequence)
-
-    def _release_forks(self, parent: Sequence) -> None:
-        for fork in self._held.release(parent):
-            self.policy.push(fork)
+    # Ends.
 
     def _vacate(self, sequence: Sequence, keep: int) -> None:
         self.holdings.give_up(sequence, keep=keep)
@@ -512,12 +489,12 @@ class Scheduler:
             raise SequenceStateError(f"{sequence} is not live: ended before, or never added")
         if sequence.status is Status.RUNNING:
             self._vacate(sequence, 0)
-        elif not self._held.remove(sequence):
-            self.policy.remove(sequence)
+        else:
+            self._queue.remove(sequence)
         if self.residency is not None:
             self.residency.drop(sequence)
         sequence.status = Status.FINISHED
         self._live.remove(sequence)
         self._new.discard(sequence)
-        self._release_forks(sequence)
+        self._queue.release(sequence)
         self.policy.on_finish(sequence)

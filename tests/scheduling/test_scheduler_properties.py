@@ -193,7 +193,7 @@ class Run:
         assert self.scheduler.num_waiting == 0
         assert self.pool.in_use == 0
         assert self.scheduler.slots.available == self.case.max_num_seqs
-        assert not self.scheduler._held
+        assert not self.scheduler._queue.num_held
         counters = self.scheduler.counters
         assert counters.finished + counters.aborted == len(self.added)
         if isinstance(self.policy, Fair):
