@@ -161,7 +161,7 @@ class Scheduler:
 
     def coast(self, plan: Plan) -> Coast:
         """The steps after a plan just made, as long as they repeat it."""
-        return Coast(self, plan, self._running, self._head, self._commit)
+        return Coast(self, plan, self._running, self._queue.head, self._commit)
 
     def _draft(self, now: float) -> tuple[Draft, Plan | None]:
         draft = Draft(self.config.max_step_tokens)

@@ -168,14 +168,14 @@ class Coast:
         if not known:
             if scheduler.slots.available:
                 found = scheduler.holdings.find(head)
-                growth = sum(map(room.growth, self._running)) + room.growth(head)
+                growth = room.growth(self._running) + room.growth((head,))
                 demand = scheduler.holdings.demand(head, found) + room.headroom(head, growth)
                 if demand <= pool.available:
                     return False
-            if self._timeless and policy.yielding(head, self._running):
-                return False
             self._head, self._growth_steps = head, growth_steps
-        return self._timeless or not policy.yielding(head, self._running)
+        if known and self._timeless:
+            return True
+        return next(iter(policy.yielding(head, self._running)), None) is None
 
     def _sort(self, now: float) -> None:
         running = self._scheduler.policy.running_order(self._running, now)
