@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -42,6 +43,8 @@ _NAP_S = 100e-6
 # The same while a step runs: a look takes the host 0.1 ms, and a sequence's pages more than that.
 _LONG_NAP_S = 500e-6
 _NANO = 1e-9
+_NAMES = {status.value: status.name for status in Status}
+_DONE = Status.DONE.name
 # Climbing: bytes on their way at a time, and seconds that lenders have wanted nothing before.
 _CLIMB_BYTES, _CALM_S = 8 << 20, 1.0
 
@@ -118,6 +121,7 @@ class Pager:
         self._by_store = {id(tier.store): tier for tier in self._tiers}
         self._shifter = Shifter()
         self._calm_at = 0.0  # on time.monotonic(): from then on copies may climb
+        self._token_bytes = self._pool.page_bytes // kv.shape[3]  # in all layers
         self._climb = max(1, _CLIMB_BYTES // self._pool.page_bytes)
         self._parts: dict[tuple[int, int], Part] = {}
         # Moves handed to a step, and their tickets in the same order.
@@ -218,18 +222,18 @@ class Pager:
         if not self._under_way:
             return ended
         statuses, checksums = copy_queue.poll(self._tickets)
-        over = np.flatnonzero(statuses != Status.PENDING).tolist()
-        if not over:
+        if not statuses.any():  # all are PENDING
             return ended
-        left = np.flatnonzero(statuses == Status.PENDING)
-        moves = self._under_way
+        moves, left = self._under_way, statuses == Status.PENDING
         self._tickets = self._tickets[left]
-        self._under_way = [moves[index] for index in left.tolist()]
-        for index in over:
-            status = Status(statuses[index])
-            self._report(moves[index], status.name, int(checksums[index]))
+        self._under_way = list(itertools.compress(moves, left.tolist()))
+        for move, status, checksum in zip(
+            moves, statuses.tolist(), checksums.tolist(), strict=True
+        ):
+            if status:
+                self._report(move, _NAMES[status], checksum)
         self._observe_copies()
-        return ended + len(over)
+        return ended + len(moves) - len(self._under_way)
 
     def _observe_copies(self) -> None:
         if self._observe is None:
@@ -241,16 +245,16 @@ class Pager:
 
     def _report(self, move: Move, status: str, checksum: int | None) -> None:
         store = move.store
-        ok = status == Status.DONE.name
+        ok = status == _DONE
         if ok and (store.lost or (move.inward and not store.holds(move.slot))):
             # What was copied may not be what the slot held: its owner had it back meanwhile.
             ok, status = False, "STORE_LOST" if store.lost else "SLOT_STALE"
         if ok:
-            part = self._part(move.start, move.count)
+            size = move.count * self._token_bytes
             if move.inward:
-                self._bytes_in += part.bytes * part.runs
+                self._bytes_in += size
             else:
-                self._bytes_out += part.bytes * part.runs
+                self._bytes_out += size
         else:
             self._failed[status] += 1
         wanted = ok and self._verify and not move.inward

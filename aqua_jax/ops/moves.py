@@ -38,7 +38,6 @@ import ctypes
 import dataclasses
 import enum
 import functools
-import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -299,16 +298,16 @@ class MovePool:
             self.close()
 
 
-_tickets = itertools.count(1)
+_next_ticket = 1
 _tickets_lock = threading.Lock()
 
 
 def new_tickets(count: int) -> np.ndarray:
     """u64[count] tickets that nobody had before, consecutive."""
+    global _next_ticket
     with _tickets_lock:
-        first = next(_tickets)
-        for _ in range(count - 1):
-            next(_tickets)
+        first = _next_ticket
+        _next_ticket += count
     return np.arange(first, first + count, dtype=np.uint64)
 
 
@@ -488,6 +487,6 @@ def set_delay(seed: int, max_us: int) -> None:
 
 def counters() -> MoveCounters:
     """Moves and bytes so far, and the time they took."""
-    numbers = np.zeros(7, np.uint64)
-    _native().aqua_moves_counters(numbers.ctypes.data)
-    return MoveCounters(*numbers.tolist())
+    numbers = (ctypes.c_uint64 * 7)()
+    _native().aqua_moves_counters(numbers)
+    return MoveCounters(*numbers)
