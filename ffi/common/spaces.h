@@ -1,5 +1,6 @@
 // Where pages lie. Page ids below P are pages of the pool that XLA owns, the ids behind them pages
-// of memory of ours (spaces), in consecutive ranges. Plain data, for handlers of any platform.
+// of memory of ours (spaces), in consecutive ranges, in order. Plain data, for handlers of any
+// platform.
 #pragma once
 
 #include <cstdint>

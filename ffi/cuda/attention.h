@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <string>
 
+#include "../common/spaces.h"
 #include "device.h"
 
 namespace aqua {
@@ -44,7 +45,8 @@ struct Attention {
   void* out;  // of q's dtype
   const int32_t* query_starts;  // [S + 1]
   const int32_t* kv_lens;       // [S], after this step's tokens
-  const int32_t* page_table;    // [S, max_pages]; outside the pool: absent
+  const int32_t* page_table;    // [S, max_pages]; outside pool and spaces: absent
+  Spaces spaces;                // of the pages from P on
   const int32_t* num_seqs;      // [1]
   Type kv_type, q_type, new_type;
   int32_t pages, layers, page_tokens, page_shift, kv_heads, head_dim, group;

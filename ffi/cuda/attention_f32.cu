@@ -51,6 +51,7 @@ __global__ __launch_bounds__(kThreads) void attend_row(Attention p) {
     if (from + counts.part_keys < last) last = static_cast<int32_t>(from + counts.part_keys);
   }
 
+  const PageMap map(p.kv, p.pages, page_bytes(p), p.spaces, shared_memory() + Shape::kShared);
   const int state = threadIdx.x / Shape::kLanes, lane = threadIdx.x % Shape::kLanes;
   float query[kHeads][kVectors][4], sums[kHeads][kVectors][4], most[kHeads], weights[kHeads];
 #pragma unroll
@@ -77,17 +78,18 @@ __global__ __launch_bounds__(kThreads) void attend_row(Attention p) {
       const int32_t key = from + u * kStates + state;
       int32_t page = -1;
       if (key >= first && key < last) page = page_of(p, item.seq, key);
-      seen[u] = page >= 0;
+      seen[u] = map.has(page);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int d = (lane + i * Shape::kLanes) * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) keys[u][i][j] = values[u][i][j] = 0.0f;
         if (seen[u] && d < p.head_dim) {
-          const int64_t at = keys_at(p, page, key & (p.page_tokens - 1)) +
-                             int64_t{kv_head} * p.head_dim + d;
-          load4<float>(p.kv, at, keys[u][i]);
-          load4<float>(p.kv, at + values_after(p), values[u][i]);
+          const char* from = map.at(page);
+          const int64_t at =
+              keys_at(p, key & (p.page_tokens - 1)) + int64_t{kv_head} * p.head_dim + d;
+          load4<float>(from, at, keys[u][i]);
+          load4<float>(from, at + values_after(p), values[u][i]);
         }
       }
     }
@@ -179,8 +181,8 @@ __global__ __launch_bounds__(kThreads) void attend_row(Attention p) {
 template <int kDim>
 cudaError_t launch_rows(const Attention& p, cudaStream_t stream) {
   const int64_t items = int64_t{p.most_parts} + p.most_tiles;
-  return launch(attend_row<kDim>, items * units_of(p), kThreads, RowShape<kDim>::kShared, stream,
-                p);
+  return launch(attend_row<kDim>, items * units_of(p), kThreads,
+                RowShape<kDim>::kShared + PageMap::bytes(p.spaces), stream, p);
 }
 
 }  // namespace

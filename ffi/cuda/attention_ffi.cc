@@ -7,6 +7,7 @@
 #include <cmath>
 #include <string>
 
+#include "../common/spaces_ffi.h"
 #include "attention.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -39,8 +40,8 @@ int shift_of(int64_t tokens) {
 
 ffi::Error attention(cudaStream_t stream, ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k,
                      ffi::AnyBuffer v, I32 positions, I32 query_starts, I32 kv_lens,
-                     I32 page_table, I32 num_seqs, ffi::Result<ffi::AnyBuffer> kv_out,
-                     ffi::Result<ffi::AnyBuffer> out,
+                     I32 page_table, I32 num_seqs, aqua::SpacesOperand spaces,
+                     ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> out,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t layer, float scale,
                      int64_t window, bool deterministic) {
   aqua::cuda::Attention p{};
@@ -74,6 +75,7 @@ ffi::Error attention(cudaStream_t stream, ffi::AnyBuffer kv, ffi::AnyBuffer q, f
         "aqua_attention: the pool was not passed in place; donate kv to the compiled function and "
         "don't read it after this call");
   }
+  if (!aqua::read_spaces(spaces, &p.spaces)) return invalid("spaces: allowed: [N, 8]");
   for (const int64_t dim : {kv_dims[0], q_dims[0], table_dims[0], table_dims[1], layer, window}) {
     if (dim < 0 || dim > 0x3fffffff) return invalid("a dimension is too large");
   }
@@ -116,11 +118,12 @@ ffi::Error attention(cudaStream_t stream, ffi::AnyBuffer kv, ffi::AnyBuffer q, f
 #ifdef AQUA_EMULATE
 ffi::Error on_host(ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    I32 positions, I32 query_starts, I32 kv_lens, I32 page_table, I32 num_seqs,
-                   ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> out,
+                   aqua::SpacesOperand spaces, ffi::Result<ffi::AnyBuffer> kv_out,
+                   ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t layer, float scale,
                    int64_t window, bool deterministic) {
   return attention(nullptr, kv, q, k, v, positions, query_starts, kv_lens, page_table, num_seqs,
-                   kv_out, out, workspace, layer, scale, window, deterministic);
+                   spaces, kv_out, out, workspace, layer, scale, window, deterministic);
 }
 #endif
 
@@ -160,6 +163,7 @@ extern "C" int64_t aqua_attention_workspace(int32_t kv_type, int64_t tokens, int
       .Arg<I32>()                   /* kv_lens */                 \
       .Arg<I32>()                   /* page_table */              \
       .Arg<I32>()                   /* num_seqs */                \
+      .OptionalArg<I32>()           /* spaces */                  \
       .Ret<ffi::AnyBuffer>()        /* kv */                      \
       .Ret<ffi::AnyBuffer>()        /* out */                     \
       .Ret<ffi::Buffer<ffi::U8>>()  /* workspace */               \

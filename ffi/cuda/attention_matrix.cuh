@@ -77,6 +77,7 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
   const int chunk = thread % kChunks, load_row = thread / kChunks;
   const T* const pool = static_cast<const T*>(p.kv);
+  const PageMap map(p.kv, p.pages, page_bytes(p), p.spaces, ring + Shape::kShared);
   const bool chunk_valid = chunk * 8 < p.head_dim;
 
   const auto find_pages = [&](int32_t block, int32_t pages[kLoads]) {
@@ -92,8 +93,8 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
     for (int i = 0; i < kLoads; ++i) {
       const int row = load_row + i * kRowsApart;
       const int32_t slot = (block * kKeys + row) & (p.page_tokens - 1);
-      const bool valid = pages[i] >= 0 && chunk_valid;
-      const T* from = valid ? pool + keys_at(p, pages[i], slot) +
+      const bool valid = map.has(pages[i]) && chunk_valid;
+      const T* from = valid ? reinterpret_cast<const T*>(map.at(pages[i])) + keys_at(p, slot) +
                                   int64_t{kv_head} * p.head_dim + chunk * 8
                             : pool;
       const int at = swizzled<kDim>(row, chunk);
@@ -174,7 +175,7 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
     for (int i = 0; i < 2; ++i) {
       const int32_t key = block * kKeys + warp_key + lane + 32 * i;
       const bool asked = lane + 32 * i < kWarpKeys && key >= first && key < last;
-      there[i] = !asked || page_of(p, item.seq, key) >= 0;
+      there[i] = !asked || map.has(page_of(p, item.seq, key));
     }
   };
   look(block_first);
@@ -357,11 +358,11 @@ cudaError_t launch_matrix(const Attention& p, cudaStream_t stream, bool tiles) {
   if (tiles) {
     using Shape = MatrixShape<kDim, false>;
     return launch(attend_matrix<T, kDim, false>, int64_t{p.most_tiles} * p.kv_heads, 128,
-                  Shape::kShared, stream, p);
+                  Shape::kShared + PageMap::bytes(p.spaces), stream, p);
   }
   using Shape = MatrixShape<kDim, true>;
   return launch(attend_matrix<T, kDim, true>, int64_t{p.most_parts} * units_of(p), 128,
-                Shape::kShared, stream, p);
+                Shape::kShared + PageMap::bytes(p.spaces), stream, p);
 }
 
 template <typename T>

@@ -94,19 +94,20 @@ AQUA_HD int32_t most_tiles_of(const Attention& p) {
   return static_cast<int32_t>(int64_t{p.tokens} * p.group / kTileRows + chunks);
 }
 
-// Elements from the pool's start to a token's keys; its values are `values_after` further on.
-AQUA_HD int64_t keys_at(const Attention& p, int32_t page, int32_t slot) {
-  return ((int64_t{page} * p.layers + p.layer) * 2 * p.page_tokens + slot) * p.kv_heads *
-         p.head_dim;
+AQUA_HD int64_t page_bytes(const Attention& p) {
+  return int64_t{p.layers} * 2 * p.page_tokens * p.kv_heads * p.head_dim * size_of(p.kv_type);
+}
+// Elements from a page's start to a token's keys; its values are `values_after` further on.
+AQUA_HD int64_t keys_at(const Attention& p, int32_t slot) {
+  return (int64_t{p.layer} * 2 * p.page_tokens + slot) * p.kv_heads * p.head_dim;
 }
 AQUA_HD int64_t values_after(const Attention& p) {
   return int64_t{p.page_tokens} * p.kv_heads * p.head_dim;
 }
 
-// The page of a key, or -1 if it is absent. `key` lies within the table.
+// The table's entry for a key, whether there is such a page or not. `key` lies within the table.
 AQUA_HD int32_t page_of(const Attention& p, int seq, int32_t key) {
-  const int32_t page = p.page_table[int64_t{seq} * p.max_pages + (key >> p.page_shift)];
-  return page >= 0 && page < p.pages ? page : -1;
+  return p.page_table[int64_t{seq} * p.max_pages + (key >> p.page_shift)];
 }
 
 // Where 16-byte chunk `chunk` of row `row` of a tile in shared memory lies, in bytes: chunks are

@@ -39,20 +39,29 @@ __device__ void write_row(const Attention& p, int row, int lane) {
   const int32_t position = rows.length - rows.count + within;
   const int32_t page = page_of(p, seq, position);
   if (page < 0) return;
-  const int64_t to = keys_at(p, page, position & (p.page_tokens - 1));
+  int64_t at = page * page_bytes(p);
+  if (page >= p.pages) {
+    const Space* const space = p.spaces.find(page);
+    if (space == nullptr) return;
+    at = from_pool(p.kv, *space) + int64_t{page - space->first} * page_bytes(p);
+  }
+  char* const start = static_cast<char*>(p.kv) + at;
+  const int64_t keys = keys_at(p, position & (p.page_tokens - 1));
   const int32_t all = p.kv_heads * p.head_dim;
   for (int which = 0; which < 2; ++which) {
     const void* from = which ? p.v : p.k;
-    const int64_t target = to + which * values_after(p);
+    const int64_t target = keys + which * values_after(p);
     if (p.kv_type == Type::kF32) {
+      auto* const to = reinterpret_cast<float*>(start) + target;
       for (int32_t i = lane * 4; i < all; i += 128) {
         float x[4];
         load4(from, p.new_type, int64_t{row} * all + i, x);
         Vec16 raw;
         std::memcpy(&raw, x, 16);
-        *reinterpret_cast<Vec16*>(static_cast<float*>(p.kv) + target + i) = raw;
+        *reinterpret_cast<Vec16*>(to + i) = raw;
       }
     } else {
+      auto* const to = reinterpret_cast<uint16_t*>(start) + target;
       for (int32_t i = lane * 8; i < all; i += 256) {
         float x[8];
         load4(from, p.new_type, int64_t{row} * all + i, x);
@@ -62,8 +71,7 @@ __device__ void write_row(const Attention& p, int row, int lane) {
           raw[j] = p.kv_type == Type::kBf16 ? pack2<Bf16>(x[2 * j], x[2 * j + 1])
                                             : pack2<F16>(x[2 * j], x[2 * j + 1]);
         }
-        *reinterpret_cast<Vec16*>(static_cast<uint16_t*>(p.kv) + target + i) =
-            Vec16{raw[0], raw[1], raw[2], raw[3]};
+        *reinterpret_cast<Vec16*>(to + i) = Vec16{raw[0], raw[1], raw[2], raw[3]};
       }
     }
   }

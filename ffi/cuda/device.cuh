@@ -4,6 +4,7 @@
 // and synchronisation are tested where there is no GPU. The PTX below is then all that is not.
 #pragma once
 
+#include "../common/spaces.h"
 #include "device.h"
 
 #ifndef AQUA_EMULATE
@@ -204,6 +205,68 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- Pages of a pool and of the spaces behind it, as kernels look them up: without a branch that
+// differs between threads. (With Spaces::page, whose loop ends early, the matrix kernels were nearly
+// twice as long.) Ids follow each other from the pool's on, so the last space that begins at or
+// before a page has it.
+
+//
+// Places are bytes from the pool's start: what is computed from a kernel's argument is known to lie
+// in global memory, an address out of a table isn't, and its loads would be of the slower kind.
+
+AQUA_HD int64_t from_pool(const void* pool, const Space& space) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(space.base()) -
+                              reinterpret_cast<uintptr_t>(pool));
+}
+
+class PageMap {
+ public:
+  // Bytes of shared memory for `spaces`.
+  static AQUA_HD int64_t bytes(const Spaces& spaces) { return int64_t{spaces.count} * sizeof(Row); }
+
+  // For all threads of a block; without spaces there is nothing to copy or to wait for.
+  __device__ __forceinline__ PageMap(void* pool, int32_t pages, int64_t page_bytes,
+                                     const Spaces& spaces, unsigned char* shared)
+      : rows_(reinterpret_cast<const Row*>(shared)),
+        pool_(static_cast<char*>(pool)),
+        count_(spaces.count),
+        pages_(pages),
+        page_bytes_(page_bytes) {
+    if (count_ == 0) return;
+    for (int i = threadIdx.x; i < count_; i += blockDim.x) {
+      const Space& space = spaces.rows[i];
+      reinterpret_cast<Row*>(shared)[i] = {
+          space.first, space.pages, from_pool(pool, space) - space.first * page_bytes};
+    }
+    __syncthreads();
+    pages_ = rows_[count_ - 1].first + rows_[count_ - 1].pages;
+  }
+
+  // Whether there is such a page.
+  __device__ __forceinline__ bool has(int32_t page) const { return page >= 0 && page < pages_; }
+
+  // Its first byte, if there is.
+  __device__ __forceinline__ char* at(int32_t page) const {
+    int64_t origin = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < count_; ++i) {
+      const Row row = rows_[i];
+      origin = page >= row.first ? row.origin : origin;
+    }
+    return pool_ + (origin + page * page_bytes_);
+  }
+
+ private:
+  struct alignas(16) Row {
+    int32_t first, pages;
+    int64_t origin;  // where page 0 would lie
+  };
+  const Row* rows_;
+  char* pool_;
+  int32_t count_, pages_;
+  int64_t page_bytes_;
+};
 
 }  // namespace cuda
 }  // namespace aqua

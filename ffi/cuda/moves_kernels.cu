@@ -141,7 +141,8 @@ __global__ __launch_bounds__(kThreads) void hand_over_kernel(const int32_t* head
                                                              int32_t space_words, int32_t* out) {
   if (threadIdx.x < 3) out[threadIdx.x] = head[threadIdx.x];
   static_assert(kSpaceWords <= kThreads, "a thread per word");
-  if (threadIdx.x < space_words) out[4 + threadIdx.x] = spaces[threadIdx.x];
+  const int thread = threadIdx.x;
+  if (thread < space_words) out[4 + thread] = spaces[thread];
   // No more than there are: writes across the bus cost time.
   const int64_t used = head[0] > 0 ? int64_t{head[0]} * (sizeof(Move) / 4) : 0;
   for (int64_t i = threadIdx.x; i < words && i < used; i += kThreads) out[kMovesAt + i] = moves[i];

@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 // its own columns of all pages, so that an order among copies needs no barrier.
 template <typename Unit>
 __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
-    Unit* pool, int64_t pages, int64_t units, const int32_t* src_in, const int32_t* dst_in,
-    const int32_t* count_in, int32_t capacity) {
+    Unit* pool, int32_t pages, int64_t units, const int32_t* src_in, const int32_t* dst_in,
+    const int32_t* count_in, int32_t capacity, Spaces spaces) {
   int count = count_in[0];
   if (count > capacity) count = capacity;
   if (count <= 0) return;
@@ -25,9 +25,12 @@ __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
   uint8_t* closes = opens + capacity;
   auto* shared_total = reinterpret_cast<int32_t*>(
       shared_memory() + (int64_t{capacity} * 22 + 15) / 16 * 16);  // [2]: order needed, how many
+  const PageMap map(pool, pages, units * int64_t{sizeof(Unit)}, spaces,
+                    reinterpret_cast<unsigned char*>(shared_total + 4));
+  const auto page_at = [&](int32_t page) { return reinterpret_cast<Unit*>(map.at(page)); };
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int32_t from = src_in[i], to = dst_in[i];
-    const bool ok = from >= 0 && from < pages && to >= 0 && to < pages;
+    const bool ok = map.has(from) && map.has(to);
     src[i] = ok ? from : -1;
     dst[i] = ok ? to : -1;  // equal: left out
   }
@@ -44,7 +47,7 @@ __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
     const int64_t step = int64_t{gridDim.x} * kThreads, all = count * units;
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < all; i += step) {
       const int64_t pair = i / units, at = i % units;
-      if (src[pair] != dst[pair]) pool[dst[pair] * units + at] = pool[src[pair] * units + at];
+      if (src[pair] != dst[pair]) page_at(dst[pair])[at] = page_at(src[pair])[at];
     }
     return;
   }
@@ -58,8 +61,9 @@ __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
     Unit kept{};
     for (int i = 0; i < total; ++i) {
       const int pair = order[i];
-      if (opens[i]) kept = pool[dst[pair] * units + at];
-      pool[dst[pair] * units + at] = closes[i] ? kept : pool[src[pair] * units + at];
+      Unit* const to = page_at(dst[pair]) + at;
+      if (opens[i]) kept = *to;
+      *to = closes[i] ? kept : page_at(src[pair])[at];
     }
   }
 }
@@ -67,26 +71,29 @@ __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
 template <typename Unit>
 cudaError_t launch_copies(void* pool, int64_t pages, int64_t page_bytes, const int32_t* src,
                           const int32_t* dst, const int32_t* count, int32_t capacity,
-                          cudaStream_t stream) {
+                          const Spaces& spaces, cudaStream_t stream) {
   const int64_t units = page_bytes / static_cast<int64_t>(sizeof(Unit));
   // Enough for any GPU; a page alone has fewer.
   const int64_t wanted = (units * capacity + kThreads - 1) / kThreads;
-  const size_t shared = static_cast<size_t>((int64_t{capacity} * 22 + 15) / 16 * 16 + 16);
+  const size_t shared = static_cast<size_t>((int64_t{capacity} * 22 + 15) / 16 * 16 + 16 +
+                                            PageMap::bytes(spaces));
   return launch(copy_pages_kernel<Unit>, wanted < 512 ? wanted : 512, kThreads, shared, stream,
-                static_cast<Unit*>(pool), pages, units, src, dst, count, capacity);
+                static_cast<Unit*>(pool), static_cast<int32_t>(pages), units, src, dst, count,
+                capacity, spaces);
 }
 
 }  // namespace
 
 cudaError_t copy_pages(void* pool, int64_t pages, int64_t page_bytes, const int32_t* src,
                        const int32_t* dst, const int32_t* count, int32_t capacity,
-                       cudaStream_t stream) {
+                       const Spaces& spaces, cudaStream_t stream) {
   if (capacity <= 0 || page_bytes <= 0) return cudaSuccess;
   if (capacity > kMostCopies) return cudaErrorInvalidValue;
   if (page_bytes % 16 == 0) {
-    return launch_copies<Vec16>(pool, pages, page_bytes, src, dst, count, capacity, stream);
+    return launch_copies<Vec16>(pool, pages, page_bytes, src, dst, count, capacity, spaces, stream);
   }
-  return launch_copies<uint8_t>(pool, pages, page_bytes, src, dst, count, capacity, stream);
+  return launch_copies<uint8_t>(pool, pages, page_bytes, src, dst, count, capacity, spaces,
+                                stream);
 }
 
 }  // namespace cuda

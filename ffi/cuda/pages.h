@@ -1,8 +1,9 @@
-// Copies of whole pages inside the pool, on the device.
+// Copies of whole pages, of the pool and of spaces behind it, on the device.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/spaces.h"
 #include "device.h"
 
 namespace aqua {
@@ -12,11 +13,11 @@ namespace cuda {
 constexpr int kMostCopies = 4096;
 
 // Copies page src[i] over page dst[i] for i < count[0] (capacity at most), as if all sources were
-// read first. No two dst may be equal. Pairs with a page outside the pool are left out. All arrays
-// lie on the device.
+// read first. No two dst may be equal. Pairs with a page that doesn't exist are left out. All arrays
+// and the rows of `spaces` lie on the device.
 cudaError_t copy_pages(void* pool, int64_t pages, int64_t page_bytes, const int32_t* src,
                        const int32_t* dst, const int32_t* count, int32_t capacity,
-                       cudaStream_t stream);
+                       const Spaces& spaces, cudaStream_t stream);
 
 // Puts copies in an order in which each may be done at once: `order[i]` is the pair to do i-th, and
 // a page is written only when nobody is left to read it. A cycle of pages has no such order: its

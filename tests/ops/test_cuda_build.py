@@ -29,17 +29,18 @@ from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops.attention import paged_attention
 from aqua_jax.ops.pages import copy_pages
+from aqua_jax.ops.spaces import SPACE_WORDS, Spaces
 from tests.ops.attention_data import BF16, make_case
 
 LIBRARY = pathlib.Path(library.__file__).parents[1] / "_lib" / "libaqua_cuda.so"
 TARGETS = ("aqua_attention", "aqua_copy_pages", "aqua_enqueue_moves")
 FUNCTIONS = (
     "AquaAttention", "AquaCopyPages", "AquaEnqueueMoves", "aqua_attention_workspace",
-    "aqua_segment_register", "aqua_segment_retire", "aqua_pool_register", "aqua_pool_close",
-    "aqua_moves_poll", "aqua_moves_drain", "aqua_moves_stop", "aqua_moves_set_delay",
-    "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create", "aqua_arena_import",
-    "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum", "aqua_arena_topology",
-    "aqua_arena_memory",
+    "aqua_segment_register", "aqua_segment_retire", "aqua_segment_address", "aqua_pool_register",
+    "aqua_pool_close", "aqua_moves_poll", "aqua_moves_drain", "aqua_moves_stop",
+    "aqua_moves_set_delay", "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create",
+    "aqua_arena_import", "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum",
+    "aqua_arena_topology", "aqua_arena_memory",
 )
 LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
 LOAD = """
@@ -191,8 +192,9 @@ def test_other_platforms_are_not_mixed_up():
     assert library.platform() == "cpu"
 
 
+@pytest.mark.parametrize("spaces", [None, Spaces(np.zeros((2, SPACE_WORDS), np.int32))])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_forward_step_lowers(deterministic, for_cuda):
+def test_the_forward_step_lowers(deterministic, spaces, for_cuda):
     """Embedding to last norm, with moves at its head: our calls in a chain, the pool in place."""
     model = ModelConfig("llama", 512, 256, 512, LAYERS, 4, 2, 64, 1024)
     graphdef, params = abstract_decoder(model, jnp.bfloat16)
@@ -205,11 +207,11 @@ def test_the_forward_step_lowers(deterministic, for_cuda):
         history_width=1024, deterministic=deterministic, counts_rows=False, attention="ffi",
         head_dim=64, max_moves=MOVES,
     )
-    programs = Programs(graphdef, params, kv, spec)
+    programs = Programs(graphdef, params, kv, spec, spaces)
     vector = jax.ShapeDtypeStruct((spec.forward_layout(TOKENS).size,), jnp.int32)
     last_tokens = jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32)
     module = exported(
-        programs._forward, tuple(params.values()), kv, vector, last_tokens, donate=1
+        programs._forward, tuple(params.values()), kv, vector, last_tokens, spaces, donate=1
     )
     pool = "tensor<32x3x2x16x2x64xbf16>"
     assert re.search(re.escape(pool) + r" \{tf\.aliasing_output = 0 : i32\}", module)
@@ -221,6 +223,8 @@ def test_the_forward_step_lowers(deterministic, for_cuda):
     for before, after in zip(found, found[1:], strict=False):
         result = re.search(r"(%\d+)", before)[1]
         assert re.search(rf"@aqua_\w+\({result}(#0)?,", after), (before, after)
+    table = "tensor<2x8xi32>"
+    assert all((table in line) == (spaces is not None) for line in found)
     assert "layer = 2 : i64" in found[-1]
     assert f"deterministic = {str(deterministic).lower()}" in found[-1]
 

@@ -14,7 +14,10 @@ from tests.scale import scaled
 
 # What the tests of moves have that this leaves out: processes of their own, which know no plugin.
 MOVES = "not test_a_process_ends"
-CASES = [("ops/cuda_cases.py", "", 50), ("ops/test_moves.py", MOVES, 17)]
+CASES = [
+    ("ops/cuda_cases.py", "", 50), ("ops/test_moves.py", MOVES, 17),
+    ("ops/test_spaces.py", "not on_a_cpu", 13),
+]
 if scaled(1) > 1:
     # The engine on these handlers, pages swapped out and in: same answers. A minute or two.
     CASES.append(("engine/test_paging.py", "test_swapping or test_two_tiers", 4))
