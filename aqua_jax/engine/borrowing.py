@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.loan import Loan
+from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.segments import LeaseSegment, Segment
 from aqua_jax.memory.sources import LeaseSource
@@ -28,6 +30,7 @@ class Borrowing:
       stores: one for each lease, oldest first.
       leases: that were ever there.
       lost: of these, those whose lender has gone.
+      paces: what lenders let copies be at most, for those that say so, by arena.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Borrowing:
         """
         self.stores: tuple[PeerStore, ...] = ()
         self.leases = self.lost = 0
+        self.paces: dict[int, Pace] = {}
         self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
         self._tier = PeerTier(
             [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S)
@@ -88,10 +92,21 @@ class Borrowing:
         assert isinstance(segment, LeaseSegment)
         lease: Lease = segment.lease
         try:
-            return PeerStore(lease, self._slot_bytes, self._page_tokens)
+            return PeerStore(
+                lease, self._slot_bytes, self._page_tokens, pace=self._pace(lease)
+            )
         except ConfigError:  # too small for a page
             lease.close()
             return None
+
+    def _pace(self, lease: Lease) -> Pace | None:
+        """One for all leases of an arena: it is the arena's owner who said it."""
+        if not isinstance(lease, Loan) or not lease.bandwidth_cap:
+            return None
+        pace = self.paces.get(lease.arena)
+        if pace is None:
+            pace = self.paces[lease.arena] = Pace(lease.bandwidth_cap, self._slot_bytes)
+        return pace
 
     def drop(self, store: PeerStore) -> None:
         """Lets go of a store that nobody uses: its lender is gone, or has got everything back."""

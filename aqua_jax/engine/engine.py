@@ -217,7 +217,7 @@ class Engine:
                 self._pending.append(record)
             if self._pending and (record is None or len(self._pending) > _RUN_AHEAD):
                 outputs += self._take_in(self._pending.popleft())
-            elif plan is None and self._pager is not None and self._pager.outstanding:
+            elif plan is None and self._pager is not None and self._pager.unfinished:
                 self._runner.fence()  # moves end once the step they ride on has begun
                 self._pager.wait(_MOVES_WAIT_S)
         except jax.errors.JaxRuntimeError as error:

@@ -99,7 +99,8 @@ class Pager:
         self, planner: Planner, stores: Sequence[OwnedStore], kv: jax.Array | jax.ShapeDtypeStruct,
         *, borrowing: Borrowing | None = None, verify: bool = False,
         observe: Callable[[float, float], None] | None = None,
-        ended: Callable[[Move, bool], None] | None = None, spaces: Spaces | None = None,
+        ended: Callable[[Move, bool], None] | None = None,
+        delayed: Callable[[float], None] | None = None, spaces: Spaces | None = None,
     ) -> None:
         """
         Args:
@@ -111,10 +112,12 @@ class Pager:
           verify: compute checksums of what is copied out.
           observe: told how many pages, in sum, were copied in how many seconds of the workers.
           ended: told about each move as the planner is, for a timeline.
+          delayed: told by how many seconds lenders' caps delay a page now, when that changes.
           spaces: memory of ours that holds pages behind the pool's.
         """
         self._planner, self._verify, self._borrowing = planner, verify, borrowing
-        self._observe, self._ended = observe, ended
+        self._observe, self._ended, self._delayed = observe, ended, delayed
+        self._page_delay_s = 0.0
         self._kv, self._spaces = jax.ShapeDtypeStruct(kv.shape, kv.dtype), spaces
         self._pool = MovePool.of(self._kv, self._spaces)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
@@ -316,6 +319,10 @@ class Pager:
         while not ended and self.outstanding and time.perf_counter() - started < timeout_s:
             time.sleep(_NAP_S)
             ended = self.poll()
+        if not ended and not self.outstanding and self._borrowing is not None:
+            # Moves are planned, and their lenders let none of them be made yet.
+            pauses = filter(None, (pace.ready_in() for pace in self._borrowing.paces.values()))
+            time.sleep(min(timeout_s, min(pauses, default=_NAP_S)))
         self.wait_s += time.perf_counter() - started
         return ended
 
@@ -327,6 +334,11 @@ class Pager:
             self._calm_at = now + _CALM_S
         idle = now >= self._calm_at and not self._planner.outstanding
         self._planner.respond(self._shifter.begin, self._climb if idle else 0)
+        if self._delayed is not None and self._borrowing is not None and self._borrowing.paces:
+            delay = self._planner.tiers.paced_page_s
+            if delay != self._page_delay_s:
+                self._page_delay_s = delay
+                self._delayed(delay)
 
     # Ends. Every dispatched step has run, or failed, before these.
 
@@ -378,8 +390,17 @@ class Pager:
             "outstanding": self.outstanding,
             "wait_s": self.wait_s,
             "linger_s": self.linger_s,
+            **self._pace_stats(),
             "copy_busy_s": (now.busy_ns - before.busy_ns) * _NANO,
             "copy_cpu_s": (now.cpu_ns - before.cpu_ns) * _NANO,
+        }
+
+    def _pace_stats(self) -> dict[str, Any]:
+        """What lenders' bandwidth caps have delayed."""
+        paces = [] if self._borrowing is None else list(self._borrowing.paces.values())
+        return {
+            "capped_copies": sum(pace.delayed for pace in paces),
+            "capped_s": sum(pace.delay_s for pace in paces),
         }
 
     def _store_stats(self) -> list[dict[str, Any]]:
@@ -406,5 +427,6 @@ class Pager:
                 shown["leases"].append({
                     "lender": store.lease.lender, "capacity": store.capacity,
                     "in_use": store.in_use, "wanted": store.wanted_slots, "lost": store.lost,
+                    "bandwidth_cap": 0 if store.pace is None else store.pace.cap,
                 })
         return list(found.values())

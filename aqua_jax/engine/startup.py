@@ -178,6 +178,7 @@ def _build(
             scheduler.residency, tiers.stores, kv, borrowing=tiers.borrowing,
             verify=config.verify_pages, observe=scheduler.costs.observe_moves,
             ended=None if trace is None else trace.move_finished,
+            delayed=scheduler.costs.delay_moves,
         )
         opened.callback(pager.close)
     runner = Runner(programs, params, make_kv, kv, spec, lookup, pager)

@@ -14,16 +14,19 @@ import dataclasses
 import heapq
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from aqua_jax.errors import ArenaError, ConfigError, StaleHandleError, StoreError
 from aqua_jax.memory.arena import PAGE, Arena, round_up
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.pace import Pace
 
 _log = logging.getLogger(__name__)
 
 _GROWTH = 64 << 20  # bytes that a growing store takes at a time
+_PRESSED_S = 0.5  # before a lender's deadline
 
 
 class StoreSlot(NamedTuple):
@@ -58,6 +61,7 @@ class Store(Protocol):
     name: str
     slot_bytes: int
     counters: StoreCounters
+    pace: Pace | None
 
     @property
     def capacity(self) -> int:
@@ -113,6 +117,8 @@ class Store(Protocol):
 
 class _Slots:
     """Slots of one size over a range: the bookkeeping that stores share."""
+
+    pace: Pace | None = None  # of copies to and from it, if its lender has said so
 
     def __init__(self, name: str, memory_bytes: int, slot_bytes: int, page_tokens: int) -> None:
         if slot_bytes < 1 or slot_bytes > memory_bytes:
@@ -361,7 +367,8 @@ class PeerStore(_Slots):
     """
 
     def __init__(
-        self, lease: Lease, slot_bytes: int, page_tokens: int, *, name: str = "peer"
+        self, lease: Lease, slot_bytes: int, page_tokens: int, *, name: str = "peer",
+        pace: Pace | None = None,
     ) -> None:
         """
         Args:
@@ -369,6 +376,7 @@ class PeerStore(_Slots):
           slot_bytes: of one page of keys and values.
           page_tokens: tokens of a page.
           name: in messages and metrics.
+          pace: what its lender lets copies be at most; perhaps of other leases as well.
 
         Raises:
           ConfigError: the lease is too small for one slot.
@@ -376,7 +384,7 @@ class PeerStore(_Slots):
         super().__init__(name, lease.held.total, slot_bytes, page_tokens)
         if lease.held.total != lease.size:
             raise StoreError("the lease has been given back in part")
-        self.lease = lease
+        self.lease, self.pace = lease, pace
         self._kept = self._capacity  # slots that are not retired
         self._counted_lost = False
 
@@ -414,6 +422,12 @@ class PeerStore(_Slots):
         """Slots that can stay when `wanted` bytes go: whole pages of the system, from the end."""
         room = max(0, self.lease.held.total - wanted) // PAGE * PAGE
         return min(self._capacity, room // self.slot_bytes)
+
+    @property
+    def pressed(self) -> bool:
+        """Whether the lender's time for what it wants back is all but over."""
+        deadline = self.lease.deadline
+        return deadline is not None and time.monotonic() > deadline - _PRESSED_S
 
     def retire(self, count: int) -> tuple[StoreSlot, ...]:
         """Stops handing out the `count` highest slots.

@@ -7,6 +7,7 @@ simulator, a test's device) reports each with `Residency.finished`, in any order
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 from aqua_jax.paging.pages import PageHandle
@@ -24,11 +25,46 @@ class StoreSlot(Protocol):
         """Which life of the place this is."""
 
 
+class Pace(Protocol):
+    """How fast a lender lets copies to and from its memory be (`aqua_jax.memory.pace`)."""
+
+    page_s: float
+
+    @property
+    def congested(self) -> bool:
+        """Whether what is asked for already fills the time there is."""
+
+    def room(self, size: int) -> bool:
+        """Whether a copy of so many bytes would be admitted now."""
+
+    def ask(self, what: Hashable, size: int) -> None:
+        """A copy is planned."""
+
+    def admit(self, what: Hashable) -> bool:
+        """Whether it may begin now; if so it is under way."""
+
+    def begin(self, what: Hashable, size: int) -> None:
+        """A copy for which there was room is under way."""
+
+    def ended(self, what: Hashable) -> None:
+        """It has ended, or won't be made."""
+
+
 class Store(Protocol):
-    """What planning needs of a tier; `aqua_jax.memory.stores` has the real ones."""
+    """What planning needs of a tier; `aqua_jax.memory.stores` has the real ones.
+
+    Attributes:
+      name: of the tier.
+      slot_bytes: of a page.
+      pace: of copies to and from it; None: as fast as they go.
+    """
 
     name: str
     slot_bytes: int
+
+    @property
+    def pace(self) -> Pace | None:
+        """See the class."""
 
     @property
     def capacity(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from aqua_jax.errors import StaleHandleError
-from aqua_jax.paging.moves import Shift, Store, StoreSlot
+from aqua_jax.paging.moves import Pace, Shift, Store, StoreSlot
 from aqua_jax.paging.stored import Stored, Tiers
 
 Copy = Callable[[Shift], None]
@@ -94,6 +94,8 @@ class Reclaim:
         self, stored: Stored, place: tuple[Store, StoreSlot], copy: Copy, up: bool = False
     ) -> None:
         shift = Shift(stored.store, stored.slot, *place)
+        for pace in _paces(shift.source, shift.target):
+            pace.begin(shift, shift.source.slot_bytes)
         stored.store.retain(stored.slot)  # its owner may let go of it meanwhile
         self._shifts[shift] = stored, stored.tokens, up
         self._pinned.update(_ends(shift))
@@ -105,6 +107,8 @@ class Reclaim:
             if not shift.done or (there and stored.busy):  # moves under way name the old slot
                 continue
             del self._shifts[shift]
+            for pace in _paces(shift.source, shift.target):
+                pace.ended(shift)
             self._pinned.difference_update(_ends(shift))
             good = (
                 there and stored.tokens == tokens and shift.source.holds(shift.slot)
@@ -134,7 +138,9 @@ class Reclaim:
                 continue
             elif stored.busy or len(self._shifts) >= _SHIFTS:
                 highest = max(highest, slot.id)
-            elif place := self._tiers.refuge(stored):
+            elif not _admitted(store) and not store.pressed:
+                highest = max(highest, slot.id)
+            elif place := self._refuge(stored):
                 highest = max(highest, slot.id)
                 self._begin(stored, place, copy)
             elif self._books.held_back(stored):
@@ -146,6 +152,11 @@ class Reclaim:
         count = store.capacity - 1 - highest
         if count:
             store.give_back(count)
+
+    def _refuge(self, stored: Stored) -> tuple[Store, StoreSlot] | None:
+        """Where a copy can be shifted to now; None: nowhere, or its lender has no time left for
+        what its own pace allows."""
+        return self._tiers.refuge(stored) if _admitted(stored.store) else None
 
     def _lose(self, store: Store) -> None:
         """What is still in the pool is copied to another tier at once."""
@@ -168,6 +179,8 @@ class Reclaim:
         lower = stores[-1] if stores else None
         if upper is None or lower is None or lower.name == upper.name or lower.lost:
             return
+        if not _admitted(upper):
+            return
         if not self._climbers:
             self._climbers = self._tiers.of(lower)
         for _ in range(min(_LOOKS, len(self._climbers))):
@@ -182,8 +195,18 @@ class Reclaim:
                 return
             self._begin(stored, (upper, slots[0]), copy, up=True)
             most -= 1
-            if not most:
+            if not most or not _admitted(upper):
                 return
+
+
+def _paces(*stores: Store) -> set[Pace]:
+    """What a copy between these has to keep to."""
+    return {store.pace for store in stores if store.pace is not None}
+
+
+def _admitted(*stores: Store) -> bool:
+    """Whether a slot may be copied from, or to, these now."""
+    return all(pace.room(stores[0].slot_bytes) for pace in _paces(*stores))
 
 
 def _ends(shift: Shift) -> tuple[tuple[Store, int], tuple[Store, int]]:

@@ -28,6 +28,7 @@ from collections.abc import Hashable, Sequence
 
 from aqua_jax.paging.moves import Move, Part, Store
 from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+from aqua_jax.paging.queue import MoveQueue
 from aqua_jax.paging.reclaim import Copy, Reclaim
 from aqua_jax.paging.stored import ResidencyCounters, Stored, Tiers
 
@@ -52,8 +53,7 @@ class Residency:
         self._resident: dict[Hashable, None] = {}  # owners with copies that hold pool pages
         self._by_page: dict[PageHandle, Stored] = {}  # by `home`
         self._moves: dict[Move, Stored] = {}  # asked for and not finished
-        self._inward: collections.deque[Move] = collections.deque()  # not in a plan yet
-        self._outward: collections.deque[Move] = collections.deque()
+        self._queue = MoveQueue(pool.page_tokens)  # of these, those not in a plan yet
         self._pins: collections.Counter[PageHandle] = collections.Counter()  # of outward moves
         self._awaited: dict[Hashable, int] = {}  # arrivals that an owner waits for
         self._failed: list[Hashable] = []
@@ -122,22 +122,15 @@ class Residency:
 
     def take_moves(self, limit: int) -> tuple[Move, ...]:
         """The next moves to hand over, those somebody waits for first."""
-        taken: list[Move] = []
-        for queue in (self._inward, self._outward):
-            while queue and len(taken) < limit:
-                taken.append(queue.popleft())
-        return tuple(taken)
+        return self._queue.take(limit)
 
     def cancel_unwanted(self) -> None:
         """Forgets moves that nobody waits for and no plan has; their pages are free at once."""
         if not self._unwanted:
             return
         self._unwanted = False
-        for queue in (self._inward, self._outward):
-            unwanted = [move for move in queue if not self._moves[move].owners]
-            for move in unwanted:
-                queue.remove(move)
-                self._finish(move, False, None)
+        for move in self._queue.withdraw(lambda move: not self._moves[move].owners):
+            self._finish(move, False, None)
 
     def take_failed(self) -> list[Hashable]:
         """Owners whose pages did not all arrive, each once; see `sound_tokens`."""
@@ -304,8 +297,8 @@ class Residency:
         self._awaited.clear()
         for move in list(self._moves):
             self._finish(move, False, None)
-        for left in (self._inward, self._outward, self._failed):
-            left.clear()
+        self._queue.clear()
+        self._failed.clear()
         for stored in self._by_page.values():
             stored.home, stored.home_tokens = None, 0
         self._by_page.clear()
@@ -396,7 +389,7 @@ class Residency:
         stored.promised = start + count
         stored.outs += 1
         self._pins[page] += 1
-        self._ask(move, stored, self._outward)
+        self._ask(move, stored)
 
     def _bring_in(self, stored: Stored, page: PageHandle) -> None:
         stored.failed = False
@@ -408,18 +401,16 @@ class Residency:
             pieces = [part for part in stored.parts if part.start < stored.tokens]
         for start, count, checksum in pieces:
             stored.arrivals += 1
-            self._ask(
-                Move(page, stored.store, stored.slot, start, count, True, checksum), stored,
-                self._inward,
-            )
+            self._ask(Move(page, stored.store, stored.slot, start, count, True, checksum), stored)
 
-    def _ask(self, move: Move, stored: Stored, queue: collections.deque[Move]) -> None:
+    def _ask(self, move: Move, stored: Stored) -> None:
         self._pool.retain(move.page)
         self._moves[move] = stored
-        queue.append(move)
+        self._queue.put(move)
 
     def _finish(self, move: Move, ok: bool, checksum: int | None) -> None:
         stored = self._moves.pop(move)
+        self._queue.ended(move)
         if move.inward:
             self._arrived(stored, move, ok)
         else:

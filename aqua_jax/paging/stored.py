@@ -97,13 +97,37 @@ class Tiers:
         return True
 
     def place(self) -> Stored | None:
-        """An empty copy in the best tier with room."""
+        """An empty copy in the best tier with room; better in a lower one than in one whose lender
+        lets copies wait."""
+        congested: list[Store] = []
         for store in self.stores:
-            slots = store.allocate(1) if store.free_slots else None
-            if slots:
-                stored = self._by_slot[store][slots[0].id] = Stored(store, slots[0])
+            if store.pace is not None and store.pace.congested:
+                congested.append(store)
+            elif stored := self._empty(store):
+                return stored
+        for store in congested:
+            if stored := self._empty(store):
                 return stored
         return None
+
+    def _empty(self, store: Store) -> Stored | None:
+        slots = store.allocate(1) if store.free_slots else None
+        if not slots:
+            return None
+        stored = self._by_slot[store][slots[0].id] = Stored(store, slots[0])
+        return stored
+
+    @property
+    def paced_page_s(self) -> float:
+        """Seconds by which lenders' caps delay a page that is copied now; 0: there is room that
+        has none."""
+        rates = []
+        for store in self.stores:
+            if store.free_slots:
+                if store.pace is None:
+                    return 0.0
+                rates.append(1.0 / store.pace.page_s)
+        return 1.0 / max(rates) if rates else 0.0
 
     def at(self, store: Store, slot: StoreSlot) -> Stored | None:
         """The copy in a slot."""

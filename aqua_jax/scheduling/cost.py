@@ -59,6 +59,7 @@ class Costs:
         self._decode_s = 0.0  # of it, per token
         self._prefill_s = 0.0  # per token
         self._page_s = 0.0  # of one page, one way
+        self._delay_s = 0.0  # of a page, by the bandwidth that lenders allow
         self._transit = 0.0  # steps from a sequence's readmission to its first in the batch
 
     def observe_step(self, prefill: int, decodes: int, seconds: float) -> None:
@@ -77,6 +78,10 @@ class Costs:
         """Copying so many pages (whole ones, in sum) kept a worker busy for so long."""
         if pages > 0.0 and seconds > 0.0:
             self._page_s = _mean(self._page_s, seconds / pages)
+
+    def delay_moves(self, seconds: float) -> None:
+        """A page comes and goes no faster than in so many seconds: lenders allow no more."""
+        self._delay_s = seconds
 
     def observe_return(self, steps: int) -> None:
         """So many steps after it was given pages a sequence was in a step again."""
@@ -119,8 +124,10 @@ class Costs:
         return self.prefill * tokens
 
     def swap(self, tokens: int, unsaved: int) -> float:
-        """Price of copying `unsaved` tokens out and `tokens` back."""
-        return self.page * (tokens + unsaved) / self.page_tokens
+        """Price of copying `unsaved` tokens out and `tokens` back, and, where lenders slow copies
+        down, of a place in the batch that stays empty until they are here."""
+        delay = self._delay_s / self._decode_step_s if self._decode_step_s else 0.0
+        return (self.page + delay) * (tokens + unsaved) / self.page_tokens
 
 
 def _mean(old: float, new: float) -> float:

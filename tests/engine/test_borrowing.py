@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -43,10 +46,10 @@ def running() -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def lent(path: str, pages: int, name: str) -> Iterator[Lending]:
+def lent(path: str, pages: int, name: str, cap: int = 0) -> Iterator[Lending]:
     """Pages of this process's, lent through the coordinator; afterwards all are back."""
     with Arena.create(pages * PAGE_BYTES) as arena, Client(path, name=name) as client:
-        lending = client.lend(arena, name=name)
+        lending = client.lend(arena, name=name, cap=cap)
         yield lending
         if lending.alive and client.connected:
             lending.reclaim(0, 5.0)
@@ -191,3 +194,79 @@ def test_a_coordinator_that_hangs_costs_the_engine_nothing(folder, expected):
             seen.append((stats["steps"], stats["recomputed_tokens"], paging["bytes_out"]))
             assert paging["wait_s"] < 0.05
     assert seen[0] == seen[1]
+
+
+class Watch:
+    """What the copy queue has copied by when, looked at all the time by a thread."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.0005):
+            counters = copy_queue.counters()
+            self.seen.append((time.monotonic(), counters.bytes_out + counters.bytes_in))
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def most_within(self, window: float) -> int:
+        """Bytes copied between two looks that are at most so far apart."""
+        most = first = 0
+        for at, total in self.seen:
+            while self.seen[first][0] < at - window:
+                first += 1
+            most = max(most, total - self.seen[first][1])
+        return most
+
+
+def test_a_lenders_bandwidth_is_kept_to_and_known(folder, expected, running):
+    """Counted by the copy queue itself, while an engine pages as fast as it may."""
+    cap = 40 * PAGE_BYTES * 10  # forty pages in a window
+    with lent(running.path, 128, "narrow", cap) as lending:
+        assert lending.terms.cap == cap
+        with tight(folder, peer=running.path, host_kv_memory=0, **SLICES) as engine:
+            costs = engine._scheduler.costs
+            del costs.swap  # what it really says
+            config = dataclasses.replace(costs.config, prefill_tokens=1000.0)
+            costs.config, costs._prefill_s = config, 0.0
+            prefill, costs.observe_step = costs.observe_step, lambda p, d, s: prefill(0, d, s)
+            begin(engine)
+            with Watch() as watch:
+                got = finish(engine, {})
+            stats = engine.stats()["paging"]
+            assert costs._delay_s == pytest.approx(PAGE_BYTES / cap)
+        assert got == expected
+        (lease,) = stats["stores"][0]["leases"]
+        assert lease["bandwidth_cap"] == cap
+        moved = stats["bytes_out"] + stats["bytes_in"]
+        assert moved > cap * 0.2 and stats["capped_copies"] > 0 and stats["capped_s"] > 0
+        assert watch.most_within(0.1) <= cap * 0.1 + PAGE_BYTES
+
+
+def test_a_slow_lender_is_used_beside_a_fast_host_and_not_at_all_if_recomputing_is_faster(
+    folder, expected, running
+):
+    with lent(running.path, 128, "narrow", 4 * PAGE_BYTES) as lending:
+        with tight(
+            folder, peer=running.path, host_kv_memory=256 * PAGE_BYTES, **SLICES
+        ) as engine:
+            begin(engine)
+            assert finish(engine, {}) == expected
+            stats = engine.stats()
+            assert stats["recomputed_tokens"] < stats["paging"]["tokens_held"] / 4
+            assert engine._scheduler.residency.tiers.stores[-1].counters.peak > 0
+        with tight(folder, peer=running.path, host_kv_memory=0, **SLICES) as engine:
+            del engine._scheduler.costs.swap
+            begin(engine)
+            assert finish(engine, {}) == expected
+            stats = engine.stats()
+        assert stats["recomputed_tokens"] > 0 and stats["paging"]["wait_s"] < 2.0
+        assert lending.alive

@@ -8,8 +8,10 @@ must not change, and after it its target must not be read too early. Both would 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from aqua_jax.coordinator.intervals import Intervals
+from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.residency import Residency
@@ -27,6 +29,7 @@ class FakeLease:
         self.keep = self.size
         self.closed = False
         self.address = 0
+        self.deadline: float | None = None
 
     @property
     def wanted_back(self) -> int:
@@ -40,9 +43,10 @@ class FakeLease:
         self.alive = False
 
 
-def peer_store(slots: int, page_tokens: int) -> PeerStore:
+def peer_store(slots: int, page_tokens: int, pace: Pace | None = None) -> PeerStore:
     """Memory of a lender that isn't there."""
-    return PeerStore(FakeLease(slots), SLOT_BYTES, page_tokens)  # type: ignore[arg-type]
+    lease: Any = FakeLease(slots)
+    return PeerStore(lease, SLOT_BYTES, page_tokens, pace=pace)
 
 
 def host_store(slots: int, page_tokens: int) -> HostStore:

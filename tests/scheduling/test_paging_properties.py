@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.stores import PeerStore
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
@@ -23,7 +24,7 @@ from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slices import SliceConfig
 from tests.scale import scaled
-from tests.scheduling.fake_copies import FakeCopies, host_store, peer_store
+from tests.scheduling.fake_copies import SLOT_BYTES, FakeCopies, host_store, peer_store
 from tests.scheduling.fake_device import FakeEngine
 
 
@@ -51,6 +52,7 @@ class Case:
     failures: float
     slowness: float
     lender: str
+    paced: int  # pages that lenders let be copied in a tenth of a second; 0: any number
     resets: float
     seed: int
 
@@ -68,7 +70,7 @@ def cases() -> st.SearchStrategy[Case]:
         max_moves=st.sampled_from([1, 3, 100]), write_behind=st.sampled_from([0, 1, 8]),
         page_price=st.sampled_from([1e-3, 1e-3, 1.0]),
         failures=st.sampled_from([0.0, 0.0, 0.1, 0.7]), slowness=st.sampled_from([0.0, 0.3, 0.7]),
-        lender=st.sampled_from(["calm", "wants", "dies"]),
+        lender=st.sampled_from(["calm", "wants", "dies"]), paced=st.sampled_from([0, 0, 1, 5]),
         resets=st.sampled_from([0.0, 0.0, 0.03]), seed=st.integers(0, 2**32),
     )
 
@@ -89,8 +91,12 @@ class Run:
         self.pool = pool or PagePool(case.num_pages, case.page_tokens, evictable)
         self.peers: list[PeerStore] = []
         stores: list[Any] = [host_store(case.host_slots, case.page_tokens)]
+        self.now = 0.0
+        self.pace: Pace | None = None
+        if case.paced:
+            self.pace = Pace(10 * case.paced * SLOT_BYTES, SLOT_BYTES, clock=lambda: self.now)
         if case.peer_slots:
-            self.peers.append(peer_store(case.peer_slots, case.page_tokens))
+            self.peers.append(peer_store(case.peer_slots, case.page_tokens, self.pace))
         stores = [*self.peers, *stores]
         self.stores = list(stores)
         self.residency = Residency(self.pool, stores)
@@ -137,6 +143,7 @@ class Run:
     def step(self) -> None:
         rng, engine = self.rng, self.engine
         self.annoy()
+        self.now += 0.01
         engine.boundary()
         plan = self.scheduler.plan(0.01 * self.scheduler.counters.plans)
         if plan is not None:
@@ -164,12 +171,14 @@ class Run:
                     lease.alive = False
                 elif self.case.lender == "wants":
                     lease.keep = self.rng.randrange(lease.size + 1)
+                    lease.deadline = self.rng.choice([None, 0.0])
             if peer.in_use == 0 and (peer.lost or not peer.capacity):
                 assert self.residency.tiers.remove(peer)
                 self.peers.remove(peer)
                 peer.close()
         if self.case.peer_slots and len(self.peers) < 3 and self.rng.random() < 0.02:
-            self.peers.append(peer_store(self.rng.randrange(1, 12), self.case.page_tokens))
+            slots = self.rng.randrange(1, 12)
+            self.peers.append(peer_store(slots, self.case.page_tokens, self.pace))
             self.residency.tiers.add(self.peers[-1])
             self.stores.append(self.peers[-1])
 
@@ -178,11 +187,14 @@ class Run:
         self.engine.drain()
         assert set(self.engine.ended) == set(self.added)
         for _ in range(200):
+            self.now += 0.01
             self.engine.boundary()
             plan = self.scheduler.plan(0.0)
             if plan is not None:
                 self.engine.device.dispatch(plan)
         assert self.residency.outstanding == len(self.copies) == 0
+        if self.pace is not None:
+            assert not self.pace._queued and not self.pace._under_way and not self.pace._backlog
         assert self.pool.in_use == 0
         assert self.scheduler.slots.available == self.case.max_num_seqs
         for store in self.stores:
@@ -218,7 +230,7 @@ def test_with_room_in_a_store_nothing_is_computed_twice(policy: str) -> None:
         policy=policy, page_tokens=4, num_pages=16, peer_slots=0, host_slots=400, max_num_seqs=8,
         max_step_tokens=32, growth_tokens=4, prefix_caching=False, farthest=True, run_ahead=1,
         num_requests=20, abort_rate=0.0, slice_steps=4, max_moves=100, write_behind=8,
-        page_price=1e-3, failures=0.0, slowness=0.2, lender="calm", resets=0.0, seed=1,
+        page_price=1e-3, failures=0.0, slowness=0.2, lender="calm", paced=0, resets=0.0, seed=1,
     )
     run = Run(case)
     for _ in range(case.num_requests):
