@@ -16,8 +16,8 @@ furthest behind.
 
 *Turns between users.* A user gets one turn each time the others, together, have got
 `inverse_user_share` times the service of a turn; and where its turns cost the most and theirs the
-least, that is `turn_ratio` turns to one. With one user the factor is 1. Users who had all they
-asked for come with claims of a few slices, once.
+least, that is `turn_ratio` turns to one (a tenth more, for the head starts of new users). With one
+user the factor is 1. Users who had all they asked for come with claims of a few slices, once.
 
     turns = inverse_user_share * turn_ratio * (turns within + 2) + claims
 
@@ -55,7 +55,7 @@ class Load:
     users: int
     longest: int  # tokens of a sequence, prompt and output
     inverse_share: float  # greatest of samples * (its user's sequences' weight) / weight
-    inverse_user_share: float  # all users' weight / the least
+    inverse_user_share: float  # all users' weight / the least, / what head starts leave
     turn_ratio: float  # service of the dearest turn / the cheapest
     claims: float = 0.0  # of all users, in turns
 
