@@ -261,8 +261,10 @@ class PagePool:
         """Whether what the handle was given for is still there, in use or cached; never raises."""
         page, generation = handle
         return (
-            0 <= page < self.num_pages and self._generations[page] == generation
-            and (self._references[page] > 0 or self._findable(page))
+            0 <= page < self.num_pages and self._generations[page] == generation and (
+                self._references[page] > 0
+                or self._turns[page] is not None or self._digests[page] is not None
+            )
         )
 
     def references(self, handle: PageHandle) -> int:

@@ -106,17 +106,19 @@ class Residency:
           it holds, a whole page except perhaps for the last.
         """
         found: list[tuple[PageHandle | None, Stored, int]] = []
+        alive, size = self._pool.alive, self._pool.page_tokens
         for stored in self._backed.get(owner, ()):
-            if stored.home is not None and self._pool.alive(stored.home):
-                home, tokens = stored.home, stored.home_tokens
+            home = stored.home
+            if home is not None and alive(home):
+                tokens = stored.home_tokens
             elif stored.tokens and stored.store.holds(stored.slot):
                 home, tokens = None, stored.tokens
             else:
                 break
-            if tokens < self._pool.page_tokens and len(stored.owners) > 1:
+            if tokens < size and len(stored.owners) > 1:
                 break  # what is left of a shared page: each of them would fill it up
             found.append((home, stored, tokens))
-            if min(tokens, stored.promised) < self._pool.page_tokens:
+            if tokens < size or stored.promised < size:
                 break
         return found
 
@@ -240,24 +242,28 @@ class Residency:
                 self._awaited[owner] = self._awaited.get(owner, 0) + 1
         self.counters.returns += bool(found)
 
-    def prefetch(self, owner: Hashable, limit: int) -> int:
+    def prefetch(
+        self, found: Sequence[tuple[PageHandle | None, Stored, int]], limit: int
+    ) -> int:
         """Begins to copy pages in for an owner that will come back soon and has none.
 
         They are nobody's until then: cached in the pool as what owners leave behind, and evicted
         last, for no other owner comes back earlier.
 
         Args:
-          owner: away.
+          found: what `find` says of it now.
           limit: most pages to take for it.
 
         Returns:
           Pages begun.
         """
         begun = 0
-        for home, stored, _ in self.find(owner):
+        for home, stored, _ in found:
+            if begun >= limit:
+                break
             if home is not None:
                 continue
-            pages = self._pool.allocate(1) if begun < limit else None
+            pages = self._pool.allocate(1)
             if pages is None:
                 break
             self._bring_in(stored, pages[0])

@@ -8,6 +8,7 @@ on the sequences right.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 from aqua_jax.errors import SequenceStateError
@@ -27,7 +28,7 @@ class Found:
     # Of the first pages, the sequence's own copies.
     kept: tuple[tuple[PageHandle | None, Stored, int], ...] = ()
 
-    @property
+    @functools.cached_property
     def shared(self) -> list[PageHandle]:
         """Pages in the pool."""
         return [page for page in self.pages if page is not None]
@@ -96,8 +97,8 @@ class Holdings:
     def demand(self, sequence: Sequence, found: Found) -> int:
         """Pages that taking a sequence in costs, of those that are available."""
         shared = found.shared
-        fresh = self.pool.pages_for(sequence.total_len) - len(shared)
-        return fresh + sum(self.pool.references(page) == 0 for page in shared)
+        cached = list(map(self.pool.references, shared)).count(0)
+        return self.pool.pages_for(sequence.total_len) - len(shared) + cached
 
     def take(self, sequence: Sequence, found: Found) -> tuple[int, int] | None:
         """Gives a sequence what was found and the pages of all its tokens.
@@ -158,12 +159,14 @@ class Holdings:
             self.residency.drop(sequence)
         release_all(self.pool, pages)
 
-    def prefetch(self, sequence: Sequence, spare: int) -> None:
-        """Begins to copy back pages of the sequence that comes next, into `spare` pages."""
-        if self.residency is not None and sequence.swapped and not sequence.num_inflight:
-            there = (home for home, _, _ in self.residency.find(sequence) if home is not None)
-            own = sum(self.pool.references(home) == 0 for home in there)
-            self.residency.prefetch(sequence, spare - own)
+    def prefetch(self, sequence: Sequence, spare: int, found: Found | None = None) -> None:
+        """Begins to copy back pages of the sequence that comes next, into `spare` pages; `found`:
+        what was just found of it, if anybody has looked."""
+        if self.residency is None or spare <= 0 or not sequence.swapped or sequence.num_inflight:
+            return
+        kept = (found and found.kept) or self._kept(sequence)
+        own = sum(home is not None and self.pool.references(home) == 0 for home, _, _ in kept)
+        self.residency.prefetch(kept, spare - own)
 
     def write_behind(self, leaving_next: Iterable[Sequence], wanted: int, limit: int) -> None:
         """Copies full pages of sequences that will give way soon, so that their places come free at

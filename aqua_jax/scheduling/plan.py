@@ -6,6 +6,7 @@ import dataclasses
 
 from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PageHandle
+from aqua_jax.scheduling.holdings import Found
 from aqua_jax.scheduling.sequence import Sequence
 
 
@@ -56,6 +57,8 @@ class Draft:
     pages_coming: bool = False  # some sequence only waits for its last token
     pages_short: bool = False  # a running sequence was refused a page
     awaited: int = 0  # pages that sequences sit out for
+    # The head of the queue that didn't fit, and what of it needn't be computed.
+    refused: tuple[Sequence | None, Found | None] = (None, None)
 
     def add(self, sequence: Sequence, count: int, pending: int) -> None:
         """`count` of the `pending` tokens of a sequence are computed in this step."""

@@ -391,7 +391,9 @@ class Scheduler:
             if growth is None:
                 growth = self.room.growth(self._running)
             growth += self.room.growth((sequence,))
-            if not self._admit(sequence, self.holdings.find(sequence), draft, growth):
+            found = self.holdings.find(sequence)
+            if not self._admit(sequence, found, draft, growth):
+                draft.refused = sequence, found
                 return
             if self.holdings.ready(sequence):
                 count = min(sequence.pending, draft.budget, self._chunk_limit)
@@ -441,15 +443,14 @@ class Scheduler:
             head = self.policy.head(now)
             if head is not None:
                 spare = self.pool.available - self.room.needs(self._running)
-                self.holdings.prefetch(head, spare)
-            self.holdings.write_behind(
-                self.policy.leaving_next(self._running),
-                self.room.reserve(head) - self.pool.available,
-                min(
+                refused, found = draft.refused
+                self.holdings.prefetch(head, spare, found if head is refused else None)
+            wanted = self.room.reserve(head) - self.pool.available
+            if wanted > 0:
+                self.holdings.write_behind(self.policy.leaving_next(self._running), wanted, min(
                     self.config.write_behind_pages,
                     self.costs.pages_within(self.config.write_behind_share),
-                ),
-            )
+                ))
             moves = self.residency.take_moves(self.config.max_moves)
         if not draft.chunks and not moves:
             return None
