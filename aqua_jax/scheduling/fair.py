@@ -21,9 +21,9 @@ A newcomer starts at the clock of its queue, but its first token is worth more t
 ones, so it may go first. A new user starts one slice ahead, paid from a tenth of the service given.
 A new sequence has an *early turn*, ahead of all that wait, as long as no more than `credit_share`
 of its user's turns are early ones, and some more that are saved up; so a stream of newcomers delays
-the others by that share at most. (80 conversations of the Azure trace, at nearly four times the load
-that fits: half of all turns was not enough for newcomers, and their TTFT p99 was 1.9 s; with three
-quarters it was 1.2 s. A tenth was used up at twice the load.)
+the others by that share at most. (80 conversations of the Azure trace, at nearly four times what
+fits: with half of all turns for newcomers TTFT p99 was 1.9 s, with three quarters it was 1.2 s. A
+tenth was used up at twice what fits.)
 
 Within a slice nothing changes the order, and equal vruntimes go by arrival. So with infinite slices
 and one user this is first come, first served, step for step.
