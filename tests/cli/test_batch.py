@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.cli.text_model import ENGINE_FLAGS, ROOT, command, run_command, write_text_model
-from tests.scale import scaled
+from tests.scale import at_scale
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_killed_at_random_moments_each_id_is_answered_once_with_the_same_text(fl
     assert done.returncode == 0, done.stderr
     draw = random.Random(3)
     kills = 0
-    for _ in range(scaled(3)):
+    for _ in range(at_scale(2, 30)):
         have = target.read_bytes().count(b"\n") if target.exists() else 0
         with subprocess.Popen(
             command(*arguments, f"--output={target}"), cwd=ROOT, stdout=subprocess.DEVNULL,

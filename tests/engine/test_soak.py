@@ -1,6 +1,6 @@
 """A long mixed load with random aborts: everything accepted ends, and nothing is left in use.
 
-200 requests here, 2,000 in `make test-long`.
+80 requests here, 2,000 in `make test-long`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 
 from aqua_jax.config import SamplingParams
 from tests.engine.driving import tiny_engine
-from tests.scale import scaled
+from tests.scale import at_scale
 
 VOCAB = 131
 
@@ -33,7 +33,7 @@ def random_params(generator: random.Random) -> SamplingParams:
 
 def test_soak_ends_with_nothing_in_use(tmp_path):
     generator = random.Random(17)
-    total = scaled(200)
+    total = at_scale(80, 2000)
     threads = threading.active_count()
     prefixes = [[generator.randrange(3, VOCAB) for _ in range(48)] for _ in range(3)]
     finished: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,16 @@ class Case:
     def run(self, implementation: str, **options) -> tuple[np.ndarray, np.ndarray]:
         """Pool and result, compiled with the pool donated."""
         options = {"layer": 0, "scale": self.q.shape[-1] ** -0.5} | options
-
-        def step(kv, q, k, v, meta):
-            return paged_attention(kv, q, k, v, meta, implementation=implementation, **options)
-
         arrays = [jnp.array(x) for x in (self.kv, self.q, self.k, self.v)]
-        kv, out = jax.jit(step, donate_argnums=0)(*arrays, self.meta)
+        kv, out = _compiled(implementation, **options)(*arrays, self.meta)
         return np.asarray(kv), np.asarray(out)
+
+
+@functools.cache
+def _compiled(implementation: str, **options):
+    """Attention as a function that compiles once for each set of shapes."""
+    step = functools.partial(paged_attention, implementation=implementation, **options)
+    return jax.jit(lambda *arrays: step(*arrays), donate_argnums=0)
 
 
 def make_case(

@@ -7,6 +7,7 @@ scripts/gpu_check.py on the GPU there is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from tests.scale import scaled
 
 F16 = np.float16
 DTYPES = [np.float32, BF16, F16]
+COPY = jax.jit(functools.partial(copy_pages, implementation="ffi"), donate_argnums=0)
 
 
 def tolerance(case: Case) -> float:
@@ -224,8 +226,7 @@ def test_nonsense_touches_nothing_else(name, dtype):
 
 def run_copies(pool: np.ndarray, src: list[int], dst: list[int], count: int) -> np.ndarray:
     arrays = [jnp.array(x, jnp.int32) for x in (src, dst, [count])]
-    step = jax.jit(lambda kv, *a: copy_pages(kv, *a, implementation="ffi"), donate_argnums=0)
-    return np.asarray(step(jnp.array(pool), *arrays))
+    return np.asarray(COPY(jnp.array(pool), *arrays))
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (12, 3), (12, 2, 2, 16, 2, 32)])

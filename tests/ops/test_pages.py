@@ -11,12 +11,12 @@ from aqua_jax.ops.pages import copy_pages
 from tests.scale import scaled
 
 
-def run(kv, src, dst, count, implementation):
-    def step(kv, src, dst, count):
-        return copy_pages(kv, src, dst, count, implementation=implementation)
+COPY = jax.jit(copy_pages, donate_argnums=0, static_argnames="implementation")
 
+
+def run(kv, src, dst, count, implementation):
     arrays = (jnp.array(np.asarray(x, np.int32)) for x in (src, dst, [count]))
-    return np.asarray(jax.jit(step, donate_argnums=0)(jnp.array(kv), *arrays))
+    return np.asarray(COPY(jnp.array(kv), *arrays, implementation=implementation))
 
 
 @pytest.mark.parametrize("implementation", ["ffi", "reference"])
@@ -42,8 +42,7 @@ def test_in_place():
     kv = jnp.zeros((64, 100_000), jnp.float32)
     ids = jnp.arange(4, dtype=jnp.int32)
     count = jnp.array([2], jnp.int32)
-    step = jax.jit(copy_pages, donate_argnums=0, static_argnames="implementation")
-    compiled = step.lower(kv, ids, ids + 4, count, implementation="ffi").compile()
+    compiled = COPY.lower(kv, ids, ids + 4, count, implementation="ffi").compile()
     assert compiled.memory_analysis().temp_size_in_bytes < kv.nbytes // 100
     address = kv.unsafe_buffer_pointer()
     assert compiled(kv, ids, ids + 4, count).unsafe_buffer_pointer() == address
