@@ -14,8 +14,8 @@ from matplotlib.text import Text
 from aqua_jax.bench import frontier, plots
 from aqua_jax.bench.open_loop import Run, Sample, Served
 from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.cli.main import main
 from aqua_jax.errors import ConfigError, DependencyError
-from tests.cli.text_model import run_command
 from tests.tiny import write_config
 
 PICTURES = ("requests", "cdf", "pool", "service", "frontier")
@@ -159,17 +159,18 @@ def test_what_is_missing_is_said_before_anything_runs(monkeypatch, tmp_path):
         plots.require_matplotlib()
 
 
-def test_the_command_draws_a_burst(tmp_path):
+def test_the_command_draws_a_burst(tmp_path, capsys):
     model = write_config(tmp_path / "model", vocab_size=131)
-    done = run_command(
+    status = main([
         "bench", f"--model={model}", "--load_format=dummy", "--dtype=float32", "--warmup=none",
-        "--max_step_tokens=64", "--max_num_seqs=8", "--workload=burst", "--num_requests=12",
-        "--prompt_tokens=12", "--output_tokens=8", "--reps=1", f"--plots={tmp_path / 'out'}",
-        "--arrivals=poisson", "--request_rate=500", "--json", "--policies=fcfs", "--slices=5",
-        "--users=2", "--with_floor", "--with_ideal",
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+        "--deterministic", "--max_step_tokens=64", "--max_num_seqs=8", "--workload=burst",
+        "--num_requests=12", "--prompt_tokens=12", "--output_tokens=8", "--reps=1",
+        f"--plots={tmp_path / 'out'}", "--arrivals=poisson", "--request_rate=500", "--json",
+        "--policies=fcfs", "--slices=5", "--users=2", "--with_floor", "--with_ideal",
+    ])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    report = json.loads(out)
     assert list(report["policies"]) == ["fcfs", "fair/5", "ideal", "floor"]
     assert report["policies"]["fcfs"]["metrics"]["tokens"]["median"] == 96
     assert report["policies"]["floor"]["metrics"]["tokens"]["median"] == 12
@@ -177,6 +178,6 @@ def test_the_command_draws_a_burst(tmp_path):
     assert set(report["ratios"]["fair/5"]) == {
         "ttft_p99_gain", "output_tok_s_share", "ttft_p99_over_floor", "output_tok_s_of_ideal",
     }
-    assert str(tmp_path / "out" / "cdf.png") in done.stderr
+    assert str(tmp_path / "out" / "cdf.png") in err
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn - {"paging"} == set(PICTURES)

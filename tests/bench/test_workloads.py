@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 def config(model):
     return EngineConfig(
         model=str(model), load_format="dummy", dtype="float32", max_num_seqs=12,
-        max_step_tokens=64, warmup="none", kv_cache_tokens=512,
+        max_step_tokens=64, warmup="none", kv_cache_tokens=512, deterministic=True,
     )
 
 
