@@ -190,6 +190,17 @@ class EngineConfig:
     # temporaries; the rest is for arenas and other processes. None: what XLA_CLIENT_MEM_FRACTION
     # says, or 0.9. No meaning on CPUs.
     device_memory_fraction: float | None = None
+    # Whether KV memory that isn't needed is lent to other processes, through a coordinator; how
+    # much is decided from the load, and taken back as the load grows.
+    lend: Literal["off", "auto"] = "off"
+    coordinator: str = ""  # its socket (`aqua-jax coordinator`); with lend
+    # Bytes of the KV memory that may be lent at most; None: three quarters. Every request must fit
+    # into the rest.
+    lend_kv_memory: int | None = None
+    lend_reserve: float = 0.1  # share of the KV memory kept beside what requests may come to need
+    lend_hold_s: float = 10.0  # seconds before less need is believed: memory isn't lent sooner
+    lend_deadline_s: float = 2.0  # seconds that borrowers have to give memory back
+    lend_bandwidth: int = 1 << 30  # bytes/s that a borrower may copy; 0: as much as it can
     attention: Literal["auto", "ffi", "reference"] = "auto"
     matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
@@ -212,6 +223,7 @@ class EngineConfig:
             "attention": ("auto", "ffi", "reference"),
             "matmul": ("auto", "ffi", "xla"),
             "warmup": ("none", "minimal", "full"),
+            "lend": ("off", "auto"),
         }
         for field, values in choices.items():
             check(getattr(self, field) in values, field, "one of " + ", ".join(values))
@@ -220,7 +232,7 @@ class EngineConfig:
             check(_is_int(value) and value > 0, field, "an integer > 0")
         optional = (
             "kv_cache_memory", "kv_cache_tokens", "max_model_len", "max_step_tokens",
-            "max_chunk_tokens", "slice_steps", "peer_kv_memory",
+            "max_chunk_tokens", "slice_steps", "peer_kv_memory", "lend_kv_memory",
         )
         for field in optional:
             value = getattr(self, field)
@@ -266,6 +278,25 @@ class EngineConfig:
             self.peer_kv_memory is None or self.peer != "", "peer_kv_memory",
             "null without a peer to borrow of",
         )
+        self._check_lending()
+
+    def _check_lending(self) -> None:
+        def check(ok: bool, field: str, allowed: str) -> None:
+            _require(ok, ConfigError, field, getattr(self, field), allowed)
+
+        lends = self.lend != "off"
+        check(isinstance(self.coordinator, str), "coordinator", "a coordinator's socket, or empty")
+        check(
+            bool(self.coordinator) == lends, "coordinator",
+            "the socket of a coordinator (aqua-jax coordinator) with lend" if lends
+            else "empty without lend",
+        )
+        check(lends or self.lend_kv_memory is None, "lend_kv_memory", "null without lend")
+        for field, high in (("lend_reserve", 1.0), ("lend_hold_s", 1e6), ("lend_deadline_s", 1e6)):
+            value = getattr(self, field)
+            check(_is_number(value) and 0 <= value <= high, field, f"a number from 0 to {high:g}")
+        cap = self.lend_bandwidth
+        check(_is_int(cap) and cap >= 0, "lend_bandwidth", "bytes a second, an integer >= 0")
 
     @property
     def swaps(self) -> bool:

@@ -121,6 +121,35 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "peer_kv_memory", None, "Memory to borrow there at most; default: all that is lent."
         )
         flags.switch("verify_pages", False, "Compare checksums of all pages that come back.")
+    with flags.group("Lending"):
+        choice(
+            "lend", "Lend KV memory that isn't needed to other processes (auto: as much as the "
+            "load leaves over, taken back as it grows); needs --coordinator.",
+        )
+        flags.string(
+            "coordinator", "", "Socket of the coordinator to lend through (aqua-jax coordinator).",
+            "PATH",
+        )
+        flags.size(
+            "lend_kv_memory", None, "Part of the KV memory that may be lent at most; every request "
+            "must fit into the rest; default: three quarters.",
+        )
+        flags.number(
+            "lend_reserve", default["lend_reserve"], "Share of the KV memory kept free beside what "
+            "live requests may come to need.", 0.0, 1.0,
+        )
+        flags.number(
+            "lend_hold_s", default["lend_hold_s"], "Seconds before less need is believed.",
+            0.0, 1e6,
+        )
+        flags.number(
+            "lend_deadline_s", default["lend_deadline_s"], "Seconds that borrowers have to give "
+            "memory back.", 0.0, 1e6,
+        )
+        flags.size(
+            "lend_bandwidth", default["lend_bandwidth"], "Bytes a second that a borrower may copy; "
+            "0: as much as it can.", low=0,
+        )
     with flags.group("Execution"):
         choice("platform", "Where the model runs; auto: a GPU if there is one.")
         flags.number(

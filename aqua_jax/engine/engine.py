@@ -63,20 +63,20 @@ class Engine:
           DependencyError: an optional package is missing.
         """
         self.config = config
-        parts = startup.build(config, self._lookup, progress)
+        self._samples: dict[int, tuple[Request, Sample]] = {}
+        parts = startup.build(config, self._lookup, self._samples.values, progress)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
         self.max_model_len = parts.max_model_len
         self.model_name = parts.model_name
         self._eos = frozenset(parts.eos_token_ids)
         self._scheduler, self._pool = parts.scheduler, parts.pool
         self._runner: Runner = parts.runner
-        self._pager, self._trace = parts.pager, parts.trace
+        self._pager, self._lender, self._trace = parts.pager, parts.lender, parts.trace
         self._memory = parts.memory
         self._implementations = parts.implementations
         self._startup = parts.timings
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
-        self._samples: dict[int, tuple[Request, Sample]] = {}
         self._ended: list[RequestOutput] = []  # ended outside a step (aborts)
         self._pending: collections.deque[StepRecord] = collections.deque()
         self._numbers = itertools.count()
@@ -233,6 +233,8 @@ class Engine:
         if self._pager is not None and self._dead is None:
             self._pager.poll()
             self._pager.respond()
+        if self._lender is not None and self._dead is None:
+            self._lender.tend(self.metrics.steps, len(self._pending), self.metrics.requests_added)
 
     def close(self) -> None:
         """End live requests with an error, wait for the device, let go of all memory."""
@@ -265,6 +267,7 @@ class Engine:
                 for _, sample in list(self._samples.values())
             ),
             "paging": self._paging_stats(),
+            "lending": None if self._lender is None else self._lender.stats(),
             "switches": self._scheduler.counters.switches,
             "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
@@ -487,6 +490,8 @@ class Engine:
             if self._pager is not None:
                 self._pager.close()
             self._runner.close()
+            if self._lender is not None:
+                self._lender.close()
             if self._trace is not None:
                 self._trace.close()
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import jax
@@ -22,6 +22,8 @@ from aqua_jax import loading
 from aqua_jax.config import EngineConfig
 from aqua_jax.engine import memory_plan, platform
 from aqua_jax.engine.buckets import BucketTable
+from aqua_jax.engine.lendable_pool import LendablePool
+from aqua_jax.engine.lending import EngineLender
 from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
@@ -35,6 +37,7 @@ from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
 from aqua_jax.ops.attention import no_kernel_for
+from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
@@ -69,6 +72,7 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     pager: Pager | None  # None: pages never move
+    lender: EngineLender | None  # None: pages are never lent
     trace: TraceEvents | None
     memory: memory_plan.MemoryPlan
     implementations: dict[str, str]  # op -> implementation in use
@@ -77,6 +81,7 @@ class Parts:
 
 def build(
     config: EngineConfig, lookup: Callable[[Sequence], tuple[Request, Sample]],
+    live: Callable[[], Iterable[tuple[Request, Sample]]],
     progress: Callable[[int, int], None] | None = None,
 ) -> Parts:
     """Load, size and compile everything an engine needs.
@@ -86,6 +91,7 @@ def build(
     Args:
       config: the engine's configuration.
       lookup: the request and sample of a sequence, for the runner.
+      live: all samples of live requests, for what may be lent.
       progress: called with (done, total) programs while compiling.
 
     Raises:
@@ -93,13 +99,14 @@ def build(
       ModelLoadError: the model cannot be read.
     """
     with contextlib.ExitStack() as opened:
-        parts = _build(config, lookup, progress, opened)
+        parts = _build(config, lookup, live, progress, opened)
         opened.pop_all()
     return parts
 
 
 def _build(
     config: EngineConfig, lookup: Callable[[Sequence], tuple[Request, Sample]],
+    live: Callable[[], Iterable[tuple[Request, Sample]]],
     progress: Callable[[int, int], None] | None, opened: contextlib.ExitStack,
 ) -> Parts:
     timings: dict[str, float] = {}
@@ -142,19 +149,25 @@ def _build(
         guess = memory_plan.guessed_peak(model, config.step_tokens, config.max_num_seqs)
         sized = memory_plan.size_pool(memory, page_bytes, guess, probe)
     num_pages = sized.pages if sized else pool_pages(config, model, kv_dtype.itemsize, memory)
+    lent = None
+    if config.lend != "off":
+        lent = LendablePool(config, num_pages, page_bytes, attention)
+        opened.callback(lent.close)
+    own_pages = num_pages if lent is None else lent.split.reserve  # those of the array
     # Before the programs are compiled: a lender that can't be reached is known at once.
     tiers = open_tiers(config, attention, num_pages, page_bytes)
     opened.callback(tiers.close)
-    spec = spec_for(num_pages, tiers.usable)
+    spec = spec_for(own_pages, tiers.usable)
 
     def make_kv() -> jax.Array:
-        return jnp.zeros(shape(num_pages), kv_dtype)
+        return jnp.zeros(shape(own_pages), kv_dtype)
 
     kv = make_kv()
+    spaces = None if lent is None else Spaces.behind(kv, lent.space)
     if sized and sized.programs.spec == spec:
         programs = sized.programs
     else:
-        programs = Programs(graphdef, params, kv, spec)
+        programs = Programs(graphdef, params, kv, spec, spaces)
     warmup_started = time.monotonic()
     programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
@@ -166,7 +179,15 @@ def _build(
     )
     logging.info("%s", plan.table())
     max_model_len = spec.history_width
-    scheduler = _scheduler(config, num_pages, max_model_len, tiers, spec.max_moves)
+    evictable = FarthestNextUse() if tiers.usable else LeastRecentlyUsed()
+    pool: PagePool
+    lender = None
+    if lent is None:
+        pool = PagePool(num_pages, config.page_tokens, evictable)
+    else:
+        pool = lent.pages(config.page_tokens, evictable)
+        lender = lent.lender(pool, live)
+    scheduler = _scheduler(config, pool, max_model_len, tiers, spec.max_moves)
     trace = None
     if config.trace_events:
         stores = () if scheduler.residency is None else scheduler.residency.tiers
@@ -178,10 +199,10 @@ def _build(
             scheduler.residency, tiers.stores, kv, borrowing=tiers.borrowing,
             verify=config.verify_pages, observe=scheduler.costs.observe_moves,
             ended=None if trace is None else trace.move_finished,
-            delayed=scheduler.costs.delay_moves,
+            delayed=scheduler.costs.delay_moves, spaces=spaces,
         )
         opened.callback(pager.close)
-    runner = Runner(programs, params, make_kv, kv, spec, lookup, pager)
+    runner = Runner(programs, params, make_kv, kv, spec, lookup, pager, spaces)
     timings["ready_s"] = time.monotonic() - started
     logging.info(
         "%s: %.1fM parameters %s, %d pages of %d tokens, ready in %.1f s",
@@ -195,7 +216,7 @@ def _build(
     }
     return Parts(
         model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, scheduler.pool,
-        scheduler, runner, pager, trace, plan, implementations, timings,
+        scheduler, runner, pager, lender, trace, plan, implementations, timings,
     )
 
 
@@ -222,10 +243,8 @@ def _spec(
 
 
 def _scheduler(
-    config: EngineConfig, num_pages: int, max_model_len: int, tiers: Tiers, max_moves: int
+    config: EngineConfig, pool: PagePool, max_model_len: int, tiers: Tiers, max_moves: int
 ) -> Scheduler:
-    evictable = FarthestNextUse() if tiers.usable else LeastRecentlyUsed()
-    pool = PagePool(num_pages, config.page_tokens, evictable)
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
         max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
@@ -326,7 +345,8 @@ def model_length(config: EngineConfig, model: ModelConfig, pool_tokens: int) -> 
     if config.max_model_len > pool_tokens:
         raise ConfigError(
             "max_model_len", config.max_model_len,
-            f"at most {pool_tokens}, the tokens the KV pool holds (see kv_cache_memory)",
+            f"at most {pool_tokens}, the tokens the KV pool holds (see kv_cache_memory), without "
+            "what may be lent (lend_kv_memory)",
         )
     return config.max_model_len
 

@@ -66,11 +66,13 @@ class Load:
       used: units that its running work takes, >= 0.
       queue: requests that wait.
       arrived: requests that have come since it started: a counter.
+      per_request: units that one request takes, if that was measured; 0: the configuration knows.
     """
 
     used: int
     queue: int = 0
     arrived: int = 0
+    per_request: float = 0.0
 
 
 class Informer:
@@ -95,7 +97,8 @@ class Informer:
         """Units that the model should have for itself under this load, reserve included."""
         config = self.config
         waiting = load.queue + self._rate * config.horizon_s
-        return config.reserve + load.used + math.ceil(waiting * config.per_request)
+        per_request = load.per_request or config.per_request
+        return config.reserve + load.used + math.ceil(waiting * per_request)
 
     def decide(self, now: float, load: Load) -> int:
         """What to lend at most, from now on.
@@ -129,7 +132,7 @@ class Informer:
     def _check(self, now: float, load: Load) -> None:
         if self._since is not None and now < self._now:
             raise ConfigError("now", now, f"{self._now} or later")
-        if load.used < 0 or load.queue < 0:
+        if min(load.used, load.queue, load.per_request) < 0:
             raise ConfigError("load", load, "nothing below 0")
         if load.arrived < self._arrived and self._since is not None:
             raise ConfigError("arrived", load.arrived, f"{self._arrived} or more: a counter")

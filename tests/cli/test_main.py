@@ -155,6 +155,8 @@ def test_flags_set_every_field():
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
         "--noprefix_caching", "--policy=priority",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
+        "--lend=auto", "--coordinator=/run/c", "--lend_kv_memory=1MiB", "--lend_reserve=0.2",
+        "--lend_hold_s=3", "--lend_deadline_s=4", "--lend_bandwidth=0",
         "--trace_events=e.json",
         "--attention=reference", "--matmul=xla", "--platform=cpu", "--device_memory_fraction=0.5",
         "--deterministic", "--warmup=full", "--compile_cache_dir=", "--seed=5",
@@ -169,6 +171,7 @@ def test_flags_set_every_field():
     assert changed == ["kv_cache_memory", "slice_steps", "tbt_slo_ms"]
     assert config.compile_cache_dir == ""
     assert config.host_kv_memory == 0 and config.peer_kv_memory == 1 << 30
+    assert config.lend_kv_memory == 1 << 20
     params = common.sampling_params(flags)
     assert params.stop == ("a", "b") and params.stop_token_ids == (4,)
     assert (params.n, params.seed, params.logprobs, params.max_tokens) == (2, 8, 0, 9)
