@@ -386,6 +386,7 @@ class Pager:
             "bytes_out": self._bytes_out,
             "bytes_in": self._bytes_in,
             "bytes_shifted": self._shifter.bytes,
+            "shift_s": self._shifter.busy_s,
             "moves_failed": dict(self._failed),
             "outstanding": self.outstanding,
             "wait_s": self.wait_s,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory import copies
@@ -22,10 +23,11 @@ class Shifter:
 
     Attributes:
       bytes: copied so far.
+      busy_s: how long that took.
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes, self.busy_s = 0, 0.0
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -45,7 +47,9 @@ class Shifter:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             shift, source, target = job
+            started = time.perf_counter()
             copies.copy(target, source, shift.source.slot_bytes)
+            self.busy_s += time.perf_counter() - started
             self.bytes += shift.source.slot_bytes
             shift.done = True
 
