@@ -91,6 +91,7 @@ class FarthestNextUse:
         self._unclaimed: OrderedDict[int, None] = OrderedDict()
         self._turns: SortedDict = SortedDict()  # turn -> its pages
         self._turn_of: dict[int, int] = {}
+        self._last: OrderedDict[int, None] | None = None  # pages of the last turn, if known
 
     def add(self, page: int, turn: int | None) -> None:
         """Put in a page, claimed by the owner of a turn or by nobody."""
@@ -98,7 +99,11 @@ class FarthestNextUse:
             self._unclaimed[page] = None
         else:
             self._turn_of[page] = turn
-            self._turns.setdefault(turn, OrderedDict())[page] = None
+            pages = self._turns.get(turn)
+            if pages is None:
+                pages = self._turns[turn] = OrderedDict()
+                self._last = None
+            pages[page] = None
 
     def discard(self, page: int) -> None:
         """Take out a page that is referenced again."""
@@ -110,13 +115,16 @@ class FarthestNextUse:
         del pages[page]
         if not pages:
             del self._turns[turn]
+            self._last = None
 
     def pop(self) -> int:
         """Take out the page to lose next."""
         if self._unclaimed:
             return self._unclaimed.popitem(last=False)[0]
         # An owner's pages are released last page first, so its first in the set is its last page.
-        page = next(iter(self._turns.peekitem(-1)[1]))
+        if self._last is None:
+            self._last = self._turns.peekitem(-1)[1]
+        page = next(iter(self._last))
         self.discard(page)
         return page
 
@@ -141,6 +149,8 @@ class PagePool:
         self.page_tokens = page_tokens
         self._generations = [0] * num_pages
         self._references = [0] * num_pages
+        self._pins = [0] * num_pages  # of these, those that end by themselves
+        self.leaving = 0  # pages that have no other references
         self._digests: list[bytes | None] = [None] * num_pages
         self._by_digest: dict[bytes, int] = {}
         self._turns: list[int | None] = [None] * num_pages  # whose owner means to come back, when
@@ -211,24 +221,57 @@ class PagePool:
     def retain(self, handle: PageHandle) -> None:
         """Adds a reference to a page in use, or takes a cached one back into use."""
         page = self._check(handle)
-        if self._references[page] == 0:
+        references = self._references[page]
+        if references == 0:
             if not self._findable(page):
                 raise StaleHandleError(f"page {page} was released; its content is gone")
             self._evictable.discard(page)
-        self._references[page] += 1
+        elif references == self._pins[page]:
+            self.leaving -= 1
+        self._references[page] = references + 1
 
     def release(self, handle: PageHandle) -> None:
         """Drops a reference; with the last one the page becomes cached (has a digest, or is kept)
         or free."""
         page = self._check(handle)
-        if self._references[page] == 0:
+        references = self._references[page] - 1
+        if references < 0:
             raise PageError(f"page {page} is released more often than it was retained")
-        self._references[page] -= 1
-        if self._references[page] == 0:
-            if self._findable(page):
-                self._evictable.add(page, self._turns[page])
-            else:
-                self._free.append(page)
+        self._references[page] = references
+        if references == 0:
+            self._unused(page)
+        elif references == self._pins[page]:
+            self.leaving += 1
+
+    def _unused(self, page: int) -> None:
+        """The last reference has ended."""
+        if self._findable(page):
+            self._evictable.add(page, self._turns[page])
+        else:
+            self._free.append(page)
+
+    def pin(self, handle: PageHandle) -> None:
+        """`retain` with a reference that ends by itself: a copy's. What has no others is
+        `leaving`."""
+        self.retain(handle)
+        page = handle.id
+        self._pins[page] += 1
+        if self._references[page] == self._pins[page]:
+            self.leaving += 1
+
+    def unpin(self, handle: PageHandle) -> None:
+        """Ends what `pin` began."""
+        page = self._check(handle)
+        if self._pins[page] == 0:
+            raise PageError(f"page {page} is not pinned")
+        if self._references[page] == self._pins[page]:
+            self.leaving -= 1  # until `release` finds it so
+        self._pins[page] -= 1
+        self.release(handle)
+
+    def pins(self, handle: PageHandle) -> int:
+        """References to a page in use that end by themselves."""
+        return self._pins[handle.id]
 
     def keep(self, handle: PageHandle, turn: int) -> None:
         """Marks a page in use: its content stays, once released, until an allocation takes it.

@@ -23,7 +23,6 @@ recomputed.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Hashable, Sequence
 
 from aqua_jax.paging.moves import Move, Part, Store
@@ -54,7 +53,6 @@ class Residency:
         self._by_page: dict[PageHandle, Stored] = {}  # by `home`
         self._moves: dict[Move, Stored] = {}  # asked for and not finished
         self._queue = MoveQueue(pool.page_tokens)  # of these, those not in a plan yet
-        self._pins: collections.Counter[PageHandle] = collections.Counter()  # of outward moves
         self._awaited: dict[Hashable, int] = {}  # arrivals that an owner waits for
         self._failed: list[Hashable] = []
         self._unwanted = False  # moves may be queued that nobody waits for
@@ -76,12 +74,11 @@ class Residency:
     @property
     def leaving(self) -> int:
         """Pool pages that come free when outward moves end, and not before."""
-        references = self._pool.references
-        return sum(references(page) == pins for page, pins in self._pins.items())
+        return self._pool.leaving
 
     def pins(self, page: PageHandle) -> int:
         """References to a page that end with outward moves."""
-        return self._pins.get(page, 0)
+        return self._pool.pins(page)
 
     def arriving(self, owner: Hashable) -> bool:
         """Whether pages of the owner are still being copied in."""
@@ -201,13 +198,14 @@ class Residency:
         self._stop_waiting(owner)
         self._resident.pop(owner, None)  # its copies are no duplicates any more
         self._back(owner, pages, tokens)
-        self._turn += 1
-        size = self._pool.page_tokens
-        for index, stored in enumerate(self._backed[owner]):
-            self._settle_home(stored, pages[index], min(size, tokens - index * size))
-            self._pool.keep(pages[index], self._turn)
         self.counters.departures += 1
         self.counters.tokens_held += tokens
+        self._turn += 1
+        size, keep = self._pool.page_tokens, self._pool.keep
+        for stored, page in zip(self._backed[owner], pages, strict=False):
+            self._settle_home(stored, page, min(size, tokens))
+            keep(page, self._turn)
+            tokens -= size
         release_all(self._pool, pages)
 
     def come_back(
@@ -394,7 +392,6 @@ class Residency:
         move = Move(page, stored.store, stored.slot, start, count, inward=False)
         stored.promised = start + count
         stored.outs += 1
-        self._pins[page] += 1
         self._ask(move, stored)
 
     def _bring_in(self, stored: Stored, page: PageHandle) -> None:
@@ -402,7 +399,7 @@ class Residency:
         stored.promised = stored.tokens
         self._settle_home(stored, page, stored.tokens)
         # A sum can only be compared for what was summed up together.
-        pieces = [Part(0, stored.tokens, None)]
+        pieces: list[Part] | tuple[Part] = (Part(0, stored.tokens, None),)
         if self.verify:
             pieces = [part for part in stored.parts if part.start < stored.tokens]
         for start, count, checksum in pieces:
@@ -410,7 +407,7 @@ class Residency:
             self._ask(Move(page, stored.store, stored.slot, start, count, True, checksum), stored)
 
     def _ask(self, move: Move, stored: Stored) -> None:
-        self._pool.retain(move.page)
+        (self._pool.retain if move.inward else self._pool.pin)(move.page)
         self._moves[move] = stored
         self._queue.put(move)
 
@@ -419,17 +416,15 @@ class Residency:
         self._queue.ended(move)
         if move.inward:
             self._arrived(stored, move, ok)
+            self._pool.release(move.page)
         else:
             self._departed(stored, move, ok, checksum)
-        self._pool.release(move.page)
+            self._pool.unpin(move.page)
         if not stored.owners and not stored.busy:
             self.tiers.free(stored)
 
     def _departed(self, stored: Stored, move: Move, ok: bool, checksum: int | None) -> None:
         stored.outs -= 1
-        self._pins[move.page] -= 1
-        if not self._pins[move.page]:
-            del self._pins[move.page]
         if ok and move.store is stored.store and move.slot == stored.slot:
             self.counters.tokens_out += move.count
             stored.parts.append(Part(move.start, move.count, checksum))
@@ -461,13 +456,14 @@ class Residency:
                 del self._awaited[owner]
 
     def _settle_home(self, stored: Stored, page: PageHandle, tokens: int) -> None:
-        self._leave_home(stored, page)
+        if stored.home != page:
+            self._leave_home(stored)
         stored.home, stored.home_tokens = page, tokens
         self._by_page[page] = stored
 
-    def _leave_home(self, stored: Stored, staying: PageHandle | None = None) -> None:
+    def _leave_home(self, stored: Stored) -> None:
         home = stored.home
-        if home is not None and home != staying and self._by_page.get(home) is stored:
+        if home is not None and self._by_page.get(home) is stored:
             del self._by_page[home]
             if self._pool.alive(home):
                 self._pool.unkeep(home)

@@ -155,16 +155,14 @@ class WithdrawablePool(PagePool):
         self._references[source] = 1
         self.release(old)
 
-    def release(self, handle: PageHandle) -> None:
-        """As `PagePool.release`; with its last reference a withdrawn page goes away."""
-        page = self._check(handle)
-        last = self._references[page] == 1 and self._withdrawn[page]
-        if last:
+    def _unused(self, page: int) -> None:
+        """With its last reference a withdrawn page goes away."""
+        if self._withdrawn[page]:
             self._forget(page)
-        super().release(handle)
-        if last:
             self._pending[self._extent(page)] -= 1
             self.away += 1
+        else:
+            super()._unused(page)
 
     def _extent(self, page: int) -> int:
         return (page - self.reserve) // self.extent_pages

@@ -125,6 +125,8 @@ class Unpinned:
     def release(self, page) -> None:
         """Nothing."""
 
+    pin, unpin = retain, release
+
 
 def no_pins(patch: Patch, inward: bool) -> None:
     """Moves hold no reference to their page in the pool."""

@@ -152,6 +152,10 @@ class Run:
             engine.device.dispatch(plan)
         elif not len(engine.device) and self.live:
             assert self.residency.outstanding, "livelock: nothing runs and nothing is awaited"
+        assert self.pool.leaving == sum(
+            0 < references == pins
+            for references, pins in zip(self.pool._references, self.pool._pins, strict=True)
+        )
         if len(engine.device) > (self.case.run_ahead if plan is not None else 0):
             engine._take_in()
         if self.live and rng.random() < self.case.abort_rate:
@@ -201,8 +205,9 @@ class Run:
             assert store.in_use == 0
         residency = self.residency
         for left in (residency._backed, residency._resident, residency._by_page,
-                     residency._awaited, residency._pins):
+                     residency._awaited):
             assert not left
+        assert self.pool.leaving == 0
         if not self.case.prefix_caching:
             assert self.pool.free == self.pool.num_pages
 
