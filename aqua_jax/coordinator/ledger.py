@@ -182,14 +182,19 @@ class Ledger(Recovery):
             raise LedgerError("limit", limit, f"at least {held}, which is held")
         self.reclaim(key, arena, limit, 0)
 
-    def unregister(self, key: int, arena: int) -> None:
+    def unregister(self, key: int, arena: int, *, abandon: bool = False) -> None:
         """A producer takes an arena away of which it has got back everything.
+
+        Args:
+          key: the producer's.
+          arena: its id.
+          abandon: take it away all the same; whoever holds a part has lost it.
 
         Raises:
           LedgerError: not its arena, or something is still lent: `reclaim` it first.
         """
         found = self._own(key, arena)
-        if found.lent:
+        if found.lent and not abandon:
             raise LedgerError("arena", arena, f"one that has come back; {found.lent} bytes haven't")
         self._drop(found)
 

@@ -1,7 +1,8 @@
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -89,7 +90,7 @@ class Terms(_message.Message):
     bandwidth: int
     cap: int
     scrub: bool
-    def __init__(self, size: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., domain: _Optional[str] = ..., bandwidth: _Optional[int] = ..., cap: _Optional[int] = ..., scrub: bool = ...) -> None: ...
+    def __init__(self, size: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., domain: _Optional[str] = ..., bandwidth: _Optional[int] = ..., cap: _Optional[int] = ..., scrub: _Optional[bool] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ("tag", "arena", "terms", "lent")
@@ -121,13 +122,15 @@ class Reclaim(_message.Message):
     limit: int
     deadline_ms: int
     revoke: bool
-    def __init__(self, arena: _Optional[int] = ..., limit: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., revoke: bool = ...) -> None: ...
+    def __init__(self, arena: _Optional[int] = ..., limit: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., revoke: _Optional[bool] = ...) -> None: ...
 
 class Unregister(_message.Message):
-    __slots__ = ("arena",)
+    __slots__ = ("arena", "abandon")
     ARENA_FIELD_NUMBER: _ClassVar[int]
+    ABANDON_FIELD_NUMBER: _ClassVar[int]
     arena: int
-    def __init__(self, arena: _Optional[int] = ...) -> None: ...
+    abandon: bool
+    def __init__(self, arena: _Optional[int] = ..., abandon: _Optional[bool] = ...) -> None: ...
 
 class Borrow(_message.Message):
     __slots__ = ("bytes", "unit", "pieces", "minimum", "priority", "prefer")
@@ -349,7 +352,7 @@ class LeaseRow(_message.Message):
     age_ms: int
     deadline_ms: int
     quarantined: bool
-    def __init__(self, lease: _Optional[int] = ..., generation: _Optional[int] = ..., arena: _Optional[int] = ..., holder: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[int] = ..., wanted: _Optional[int] = ..., age_ms: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., quarantined: bool = ...) -> None: ...
+    def __init__(self, lease: _Optional[int] = ..., generation: _Optional[int] = ..., arena: _Optional[int] = ..., holder: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[int] = ..., wanted: _Optional[int] = ..., age_ms: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., quarantined: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("clients", "arenas", "leases", "term_ms", "up_ms")

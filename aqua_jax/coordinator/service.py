@@ -222,7 +222,8 @@ class Service:
             else:
                 ledger.resize(key, asked.arena, asked.limit)
         elif kind == "unregister":
-            ledger.unregister(key, message.unregister.arena)
+            gone = message.unregister
+            ledger.unregister(key, gone.arena, abandon=gone.abandon)
         elif kind == "give_back":
             gone = message.give_back
             ledger.give_back(key, gone.generation, gone.start, gone.end)

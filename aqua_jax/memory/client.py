@@ -252,13 +252,15 @@ class Client:
                 "start", start, f"bytes that aren't lent already ({error})"
             ) from error
 
-    def reclaim(self, lending: Lending, limit: int, deadline_s: float) -> int:
+    def reclaim(
+        self, lending: Lending, limit: int, deadline_s: float, wait_s: float | None = None
+    ) -> int:
         """For `Lending.reclaim`."""
         wish = self._wish(lending, limit, deadline_s)
         with self._lock:
             lending.wish = (limit, deadline_s) if limit < lending.lent else None
         try:
-            return cast(int, self._link.ask(reclaim=wish).left)
+            return cast(int, self._link.ask(wait_s, reclaim=wish).left)
         except CoordinatorError:
             return max(0, lending.lent - limit)  # said again when it is back
 
@@ -285,7 +287,9 @@ class Client:
         if journal >= 0:
             os.close(journal)
         with contextlib.suppress(AquaError):  # the coordinator is away: it will hear
-            self._link.ask(_LEAVE_S, unregister=messages.Unregister(arena=lending.id))
+            self._link.ask(_LEAVE_S, unregister=messages.Unregister(
+                arena=lending.id, abandon=True
+            ))
 
     # The thread.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Protocol
@@ -12,6 +15,10 @@ from aqua_jax.coordinator.records import ArenaTerms, Span
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
+
+_log = logging.getLogger(__name__)
+
+DRAIN_S = 2.0  # that borrowers have when a lending is closed
 
 
 class Loan(Lease):
@@ -91,17 +98,23 @@ class Lendable(Protocol):
 class LendingOwner(Protocol):
     """Who does what a `Lending` is told to."""
 
+    @property
+    def connected(self) -> bool:
+        """Whether whoever keeps the ledger is there."""
+
     def lend_more(self, lending: Lending, start: int, end: int) -> None:
         """Lends [start, end) as well."""
 
-    def reclaim(self, lending: Lending, limit: int, deadline_s: float) -> int:
-        """Wants to lend at most `limit` bytes."""
+    def reclaim(
+        self, lending: Lending, limit: int, deadline_s: float, wait_s: float | None = None
+    ) -> int:
+        """Wants to lend at most `limit` bytes; waits so long for the ledger's answer."""
 
     def resize(self, lending: Lending, limit: int) -> int:
         """Lends at most `limit` bytes, if that takes nothing from borrowers."""
 
     def take_away(self, lending: Lending) -> None:
-        """Lends nothing of it any more; everything has come back."""
+        """Lends nothing of it any more; whoever holds a part is told that it is lost."""
 
 
 class Lending:
@@ -127,6 +140,7 @@ class Lending:
         self.journal = -1  # a descriptor that only the next coordinator reads
         self.out = Intervals(lent)  # not ours now; under the client's lock
         self.wish: tuple[int, float] | None = None  # limit and seconds, until it is fulfilled
+        self._all_back = threading.Event()
         self._returned: list[Span] = []
 
     @property
@@ -180,6 +194,8 @@ class Lending:
             self.wish = None
         self._returned.append((start, end))
         self.news = True
+        if not self.out.total:
+            self._all_back.set()
 
     def take_returned(self) -> list[Span]:
         """[start, end) of the arena that are the owner's again, each once."""
@@ -192,11 +208,39 @@ class Lending:
         if not self.alive:
             raise StaleHandleError(f"arena {self.id} isn't lent any more")
 
-    def close(self) -> None:
-        """Lends it no more. All of it must have come back, or its borrowers lose it; repeatable."""
-        if self.alive:
-            self.alive = False
-            self._owner.take_away(self)
+    def close(self, drain_s: float = DRAIN_S) -> int:
+        """Lends it no more; may be repeated.
+
+        What is still lent is wanted back first, and waited for; whoever hasn't given it back by
+        then is told that it is lost. The memory is the owner's again in either case, but nobody
+        may be given it who trusts that no late copy writes there.
+
+        Args:
+          drain_s: seconds to wait at most; not at all while the coordinator is away.
+
+        Returns:
+          Bytes that had not come back; the log says so, too.
+
+        Raises:
+          LedgerError: no possible time.
+        """
+        if not self.alive:
+            return 0
+        if self.out.total and drain_s > 0 and self._owner.connected:
+            self._all_back.clear()
+            end = time.monotonic() + drain_s
+            self._owner.reclaim(self, 0, drain_s, drain_s)
+            if self.out.total:
+                self._all_back.wait(max(0.0, end - time.monotonic()))
+        self.alive = False
+        left = self.out.total
+        if left:
+            _log.warning(
+                "arena %d %s: %d bytes are still lent; whoever holds them is told that they are "
+                "lost", self.id, self.terms.name, left,
+            )
+        self._owner.take_away(self)
+        return left
 
     def __enter__(self) -> Lending:
         return self

@@ -54,6 +54,11 @@ class LocalClient:
         self._lendings: dict[int, Lending] = {}
 
     @property
+    def connected(self) -> bool:
+        """Always: it keeps the ledger itself."""
+        return True
+
+    @property
     def loans(self) -> list[Loan]:
         """All that is borrowed."""
         with self._lock:
@@ -142,7 +147,9 @@ class LocalClient:
             lending.out.add(start, end)
             self._settle()
 
-    def reclaim(self, lending: Lending, limit: int, deadline_s: float) -> int:
+    def reclaim(
+        self, lending: Lending, limit: int, deadline_s: float, wait_s: float | None = None
+    ) -> int:
         """For `Lending.reclaim`."""
         with self._lock:
             left = self._ledger.reclaim(_LENDER, lending.id, limit, deadline_s)

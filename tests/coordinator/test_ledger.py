@@ -149,18 +149,18 @@ class LedgerMachine(RuleBasedStateMachine):
             ledger.resize(key, arena, size)
             assert not any(r.wanted for r in ledger.arenas[arena].ranges.values() if not r.disowned)
 
-    @rule(key=KEYS, data=st.data())
-    def unregisters(self, key, data):
+    @rule(key=KEYS, data=st.data(), abandon=st.sampled_from([False, False, True]))
+    def unregisters(self, key, data, abandon):
         ledger = self.world.ledger
         arena = data.draw(st.sampled_from([0, *ledger.arenas]))
         if self._silent(key):
             return
         mine = self._alive(key) and arena in self.world.processes[key].lent
-        if not mine or ledger.arenas[arena].lent:
+        if not mine or (ledger.arenas[arena].lent and not abandon):
             with self._refuses(LedgerError):
-                ledger.unregister(key, arena)
+                ledger.unregister(key, arena, abandon=abandon)
             return
-        ledger.unregister(key, arena)
+        ledger.unregister(key, arena, abandon=abandon)
         del self.world.processes[key].lent[arena]
 
     @rule(key=KEYS, size=st.integers(1, 6 * PAGE), unit=st.sampled_from([PAGE, 2 * PAGE, 1000]),

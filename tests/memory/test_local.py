@@ -81,7 +81,7 @@ def test_scrubbed_memory_comes_back_zeroed(client):
 def test_what_is_taken_away_is_lost(client):
     lending = lending_of(client)
     (loan,) = client.borrow(MIB)
-    lending.close()
+    lending.close(drain_s=0.0)
     assert not loan.alive and not client.wanted
     with pytest.raises(StaleHandleError):
         lending.reclaim(0)
