@@ -201,6 +201,9 @@ class EngineConfig:
     lend_hold_s: float = 10.0  # seconds before less need is believed: memory isn't lent sooner
     lend_deadline_s: float = 2.0  # seconds that borrowers have to give memory back
     lend_bandwidth: int = 1 << 30  # bytes/s that a borrower may copy; 0: as much as it can
+    # Devices that share the model: each has its part of heads, hidden units and vocabulary, and
+    # its heads of every page.
+    tensor_parallel: int = 1
     attention: Literal["auto", "ffi", "reference"] = "auto"
     matmul: Literal["auto", "ffi", "xla"] = "auto"
     deterministic: bool = False  # tokens independent of neighbours, chunking, preemption
@@ -227,7 +230,7 @@ class EngineConfig:
         }
         for field, values in choices.items():
             check(getattr(self, field) in values, field, "one of " + ", ".join(values))
-        for field in ("page_tokens", "max_num_seqs"):
+        for field in ("page_tokens", "max_num_seqs", "tensor_parallel"):
             value = getattr(self, field)
             check(_is_int(value) and value > 0, field, "an integer > 0")
         optional = (
@@ -285,6 +288,11 @@ class EngineConfig:
             _require(ok, ConfigError, field, getattr(self, field), allowed)
 
         lends = self.lend != "off"
+        check(
+            not lends or self.tensor_parallel == 1, "lend",
+            f"off with tensor_parallel={self.tensor_parallel}: what is lent has the pages of one "
+            "device",
+        )
         check(isinstance(self.coordinator, str), "coordinator", "a coordinator's socket, or empty")
         check(
             bool(self.coordinator) == lends, "coordinator",

@@ -17,6 +17,7 @@ heads; K kv heads; D head dim; V vocabulary; R rows whose logits are wanted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -43,6 +44,24 @@ class Attend(Protocol):
         """q [T, H, D], k and v [T, K, D], f32, q and k already rotated -> ([T, H, D], cache)."""
 
 
+class Shards(Protocol):
+    """How the parts of one model on several devices become whole (`aqua_jax.parallel.Shards`).
+
+    Each device then runs a `Decoder` of its part of heads, hidden units and vocabulary.
+    """
+
+    def sum_parts(self, x: jax.Array) -> jax.Array:
+        """The sum of what each device has."""
+
+    def rows_parts(
+        self, look_up: Callable[[jax.Array], jax.Array], tokens: jax.Array
+    ) -> jax.Array:
+        """Rows f32 [T, d] of a table cut by vocabulary: tokens i32 [T]."""
+
+    def columns_parts(self, y: jax.Array) -> jax.Array:
+        """Logits [R, a part of V] of each device side by side, [R, V]."""
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: fused q, k, v projection, optional q/k norm, rotary, output.
 
@@ -66,6 +85,7 @@ class Attention(nnx.Module):
         layer: int,
         attend: Attend,
         cache: Any,
+        shards: Shards | None = None,
         **matmul: Any,
     ) -> tuple[jax.Array, Any]:
         """x + attention(norm(x)): x f32 [T, d], angles (cos, sin) [T, D/2] -> ([T, d], cache)."""
@@ -85,7 +105,10 @@ class Attention(nnx.Module):
             **matmul,
         )
         out, cache = attend(layer, q, k, v, cache)  # [T, H, D]
-        return self.o(out.reshape(x.shape[0], c.query_size), residual=x, **matmul), cache
+        out = out.reshape(x.shape[0], c.query_size)
+        if shards is not None:
+            return x + shards.sum_parts(self.o(out, **matmul)), cache
+        return self.o(out, residual=x, **matmul), cache
 
 
 class MLP(nnx.Module):
@@ -96,10 +119,12 @@ class MLP(nnx.Module):
         self.gate_up = Linear(d, 2 * f, use_bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(f, d, use_bias=bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, norm: RMSNorm, **matmul: Any) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, norm: RMSNorm, shards: Shards | None = None, **matmul: Any
+    ) -> jax.Array:
         """x + mlp(norm(x)): x f32 [T, d] -> f32 [T, d]."""
         gate_up, down = self.gate_up, self.down
-        return gated_mlp(
+        out = gated_mlp(
             x,
             gate_up.kernel[...],
             down.kernel[...],
@@ -108,9 +133,10 @@ class MLP(nnx.Module):
             gate_up_bias=None if gate_up.bias is None else gate_up.bias[...],
             down_bias=None if down.bias is None else down.bias[...],
             norm=norm.operand,
-            residual=x,
+            residual=x if shards is None else None,
             **matmul,
         )
+        return out if shards is None else x + shards.sum_parts(out)
 
 
 class Layer(nnx.Module):
@@ -129,11 +155,14 @@ class Layer(nnx.Module):
         layer: int,
         attend: Attend,
         cache: Any,
+        shards: Shards | None = None,
         **matmul: Any,
     ) -> tuple[jax.Array, Any]:
         """Residual stream in and out: x f32 [T, d] -> (f32 [T, d], cache)."""
-        x, cache = self.attention(x, self.input_norm, angles, layer, attend, cache, **matmul)
-        return self.mlp(x, self.post_norm, **matmul), cache
+        x, cache = self.attention(
+            x, self.input_norm, angles, layer, attend, cache, shards, **matmul
+        )
+        return self.mlp(x, self.post_norm, shards, **matmul), cache
 
 
 class Decoder(nnx.Module):
@@ -233,6 +262,7 @@ class Decoder(nnx.Module):
         prompt_lens: jax.Array | None = None,
         rows: jax.Array | None = None,
         implementation: str | None = None,
+        shards: Shards | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs the layers over a flat list of tokens, whatever sequences they belong to.
 
@@ -244,16 +274,18 @@ class Decoder(nnx.Module):
           prompt_lens: i32 [T], prompt length of each token's sequence; see `rope.cos_sin`.
           rows: i32 [1], leading tokens that count (the rest pads a bucket); None: all.
           implementation: of the matmuls; None picks the fastest.
+          shards: this decoder is a part of a model; the others' parts. None: it is the model.
 
         Returns:
           (f32 [T, d] after the final norm, cache). Rows that don't count are finite nonsense.
         """
         angles = rope.cos_sin(self.config, positions, prompt_lens)
-        x = self.embed(tokens)
+        x = self.embed(tokens) if shards is None else shards.rows_parts(self.embed, tokens)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 x, cache = layer(
-                    x, angles, index, attend, cache, rows=rows, implementation=implementation
+                    x, angles, index, attend, cache, shards, rows=rows,
+                    implementation=implementation,
                 )
         return self.norm(x), cache
 
@@ -263,12 +295,13 @@ class Decoder(nnx.Module):
         rows: jax.Array | None = None,
         *,
         implementation: str | None = None,
+        shards: Shards | None = None,
     ) -> jax.Array:
         """Next-token logits: hidden f32 [R, d] from `forward` -> f32 [R, V].
 
-        `rows` i32 [1] is the number of leading rows that count, None for all.
+        `rows` i32 [1] is the number of leading rows that count, None for all; `shards` as there.
         """
         with jax.named_scope("logits"):
-            if self.lm_head is None:
-                return self.embed.attend(hidden, rows=rows, implementation=implementation)
-            return self.lm_head(hidden, rows=rows, implementation=implementation)
+            head = self.embed.attend if self.lm_head is None else self.lm_head
+            part = head(hidden, rows=rows, implementation=implementation)
+            return part if shards is None else shards.columns_parts(part)

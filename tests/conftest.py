@@ -16,6 +16,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".pytest_cache" / "xdg"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# For tests of several devices. The others use the first one and run as fast.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

@@ -152,6 +152,10 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
         )
     with flags.group("Execution"):
         choice("platform", "Where the model runs; auto: a GPU if there is one.")
+        flags.integer(
+            "tensor_parallel", 1, "Devices of this process that share the model, each with its "
+            "part of the heads; CPU devices are made as needed.", 1,
+        )
         flags.number(
             "device_memory_fraction", None, "Share of a GPU's memory for weights, KV pool and "
             "temporaries together; the rest is left to arenas and others. (default: 0.9)",

@@ -72,9 +72,8 @@ class Engine:
         self._scheduler, self._pool = parts.scheduler, parts.pool
         self._runner: Runner = parts.runner
         self._pager, self._lender, self._trace = parts.pager, parts.lender, parts.trace
-        self._memory = parts.memory
+        self._memory, self._startup = parts.memory, parts.timings
         self._implementations = parts.implementations
-        self._startup = parts.timings
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}
         self._ended: list[RequestOutput] = []  # ended outside a step (aborts)
@@ -272,6 +271,7 @@ class Engine:
             "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
             "compiles_after_warmup": programs.compiles_after_warmup,
+            "tensor_parallel": self.config.tensor_parallel,
             "implementations": dict(self._implementations),
             "memory": self._memory.as_dict(),
             "startup": dict(self._startup),

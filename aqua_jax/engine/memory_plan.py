@@ -30,8 +30,22 @@ _STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """What one of the devices that share a model has of it: bytes of weights and of KV pool."""
+
+    device: str
+    weights: int
+    pool: int
+
+    @classmethod
+    def of(cls, device: Any, weights: Iterable[jax.Array], kv: jax.Array) -> Share:
+        """The share of `device`."""
+        return cls(str(device), bytes_on(weights, device), bytes_on([kv], device))
+
+
+@dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device.
+    """Bytes on one device, or on each of those that share the model.
 
     Attributes:
       platform: `cpu`, `cuda`.
@@ -42,6 +56,7 @@ class MemoryPlan:
       others: what the process had in use there besides.
       margin: left free on purpose.
       memory: the device's memory when the plan was made, the pool not yet there.
+      shares: what each device has in fact.
     """
 
     platform: str
@@ -52,6 +67,7 @@ class MemoryPlan:
     others: int
     margin: int
     memory: DeviceMemory
+    shares: tuple[Share, ...] = ()
 
     @property
     def unplanned(self) -> int | None:
@@ -67,7 +83,8 @@ class MemoryPlan:
             "limit": self.memory.limit, "total": self.memory.total,
             "for_arenas": self.memory.for_arenas,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        known = {name: value for name, value in found.items() if value is not None}
+        return {**known, "devices": [dataclasses.asdict(share) for share in self.shares]}
 
     def table(self) -> str:
         """For the log: a line a figure."""
@@ -78,8 +95,9 @@ class MemoryPlan:
             "for_arenas": "left to arenas outside XLA",
         }
         lines = [f"memory of {self.device} ({self.platform})"]
-        for name, value in self.as_dict().items():
-            lines.append(f"  {names[name]:<28}{value / 2**20:>12,.1f} MiB")
+        figures = self.as_dict()
+        for name in [name for name in names if name in figures]:
+            lines.append(f"  {names[name]:<28}{figures[name] / 2**20:>12,.1f} MiB")
         return "\n".join(lines)
 
 

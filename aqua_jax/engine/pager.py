@@ -2,6 +2,7 @@
 
 The planner says which tokens of which page go where; `batch` makes of that what the head of the
 step's program takes, `poll` asks the copy queue by ticket and reports each move that has ended.
+What is one move here is a copy for each device that shares the model (`copies`).
 Nothing here waits for a copy, except where nothing else is left to do (`wait`), and where memory is
 about to go away (`settle`, `reset`, `close`; each keeps the order that rule 6 of `ops.moves` asks
 for: steps, then the pool, then segments, then the stores' memory).
@@ -26,11 +27,12 @@ import jax
 import numpy as np
 
 from aqua_jax.engine.borrowing import Borrowing
+from aqua_jax.engine.copies import PoolCopies, numbers
 from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
-from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
+from aqua_jax.ops.moves import Part, Segment, Status
 from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.stored import Tiers
@@ -101,6 +103,7 @@ class Pager:
         observe: Callable[[float, float], None] | None = None,
         ended: Callable[[Move, bool], None] | None = None,
         delayed: Callable[[float], None] | None = None, spaces: Spaces | None = None,
+        devices: int = 1,
     ) -> None:
         """
         Args:
@@ -114,21 +117,21 @@ class Pager:
           ended: told about each move as the planner is, for a timeline.
           delayed: told by how many seconds lenders' caps delay a page now, when that changes.
           spaces: memory of ours that holds pages behind the pool's.
+          devices: that share the model, with as many of the pool's heads each.
         """
         self._planner, self._verify, self._borrowing = planner, verify, borrowing
         self._observe, self._ended, self._delayed = observe, ended, delayed
         self._page_delay_s = 0.0
-        self._kv, self._spaces = jax.ShapeDtypeStruct(kv.shape, kv.dtype), spaces
-        self._pool = MovePool.of(self._kv, self._spaces)
+        self._copies = PoolCopies(kv, devices, spaces)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
         self._shifter = Shifter()
         self._calm_at = 0.0  # on time.monotonic(): from then on copies may climb
-        self._token_bytes = self._pool.page_bytes // kv.shape[3]  # in all layers
-        self._climb = max(1, _CLIMB_BYTES // self._pool.page_bytes)
+        self._token_bytes = self._copies.page_bytes // kv.shape[3]  # in all layers
+        self._climb = max(1, _CLIMB_BYTES // self._copies.page_bytes)
         self._parts: dict[tuple[int, int], Part] = {}
         # Moves handed to a step, and their tickets in the same order.
-        self._tickets = np.zeros(0, np.uint64)
+        self._tickets = np.zeros((0, devices), np.uint64)
         self._under_way: list[Move] = []
         self._refused: list[tuple[Move, str]] = []  # never handed over; reported by `poll`
         self._before = self._last = copy_queue.counters()
@@ -154,7 +157,7 @@ class Pager:
         Moves whose store has gone since they were planned are left out and reported as failed.
 
         Returns:
-          i32[n, MOVE_WORDS] with n <= len(planned), and their head i32[3].
+          As `copies.Batch.packed`, with n <= len(planned).
         """
         # One call per kind of move, for the queue checks and fills whole arrays. Most moves of a
         # plan are whole pages in one direction.
@@ -163,7 +166,7 @@ class Pager:
             compared = move.checksum is not None
             key = (id(move.store), move.inward, move.start, move.count, compared)
             groups.setdefault(key, []).append(move)
-        batch = MoveBatch(len(planned), self._pool)
+        batch = self._copies.batch(len(planned))
         tickets = [self._tickets]
         for (store, inward, start, count, compared), group in groups.items():
             part = self._part(start, count)
@@ -175,22 +178,20 @@ class Pager:
             segment = self._by_store[store].segment
             pages = [move.page.id for move in good]
             if inward:
-                sums = np.array([move.checksum or 0 for move in good], np.uint64)
-                tickets.append(batch.copy_in(
-                    pages, segment, offsets, part=part, checksums=sums if compared else None
-                ))
+                sums = [move.checksum or 0 for move in good] if compared else None
+                tickets.append(batch.copy_in(pages, segment, offsets, part, checksums=sums))
             else:
-                tickets.append(batch.copy_out(
-                    pages, segment, offsets, part=part, checksum=self._verify
-                ))
+                tickets.append(
+                    batch.copy_out(pages, segment, offsets, part, checksum=self._verify)
+                )
             self._under_way += good
         self._tickets = np.concatenate(tickets)
-        return batch.moves()[: batch.count], batch.head()
+        return batch.packed()
 
     def _part(self, start: int, count: int) -> Part:
         part = self._parts.get((start, count))
         if part is None:
-            part = self._parts[start, count] = Part.of_tokens(self._kv, start, count)
+            part = self._parts[start, count] = Part.of_tokens(self._copies.kv, start, count)
         return part
 
     def _offsets(self, tier: _Tier | None, group: list[Move]) -> tuple[list[Move], list[int]]:
@@ -224,14 +225,14 @@ class Pager:
                 self._report(move, why, None)
         if not self._under_way:
             return ended
-        statuses, checksums = copy_queue.poll(self._tickets)
+        statuses, checksums = PoolCopies.poll(self._tickets)
         if not statuses.any():  # all are PENDING
             return ended
         moves, left = self._under_way, statuses == Status.PENDING
         self._tickets = self._tickets[left]
         self._under_way = list(itertools.compress(moves, left.tolist()))
         for move, status, checksum in zip(
-            moves, statuses.tolist(), checksums.tolist(), strict=True
+            moves, statuses.tolist(), numbers(checksums), strict=True
         ):
             if status:
                 self._report(move, _NAMES[status], checksum)
@@ -243,7 +244,7 @@ class Pager:
             return
         now, last = copy_queue.counters(), self._last
         copied = now.bytes_out + now.bytes_in - last.bytes_out - last.bytes_in
-        self._observe(copied / self._pool.page_bytes, (now.busy_ns - last.busy_ns) * _NANO)
+        self._observe(copied / self._copies.page_bytes, (now.busy_ns - last.busy_ns) * _NANO)
         self._last = now
 
     def _report(self, move: Move, status: str, checksum: int | None) -> None:
@@ -353,7 +354,7 @@ class Pager:
         Nothing is reported: the planner is told what a failed step means (`Scheduler.reset`).
         """
         self._drop_moves()
-        self._pool = MovePool.of(self._kv, self._spaces)
+        self._copies.open()
 
     def close(self) -> None:
         """Waits for copies, lets go of all memory and gives back what was borrowed. Repeatable."""
@@ -369,8 +370,7 @@ class Pager:
             self._borrowing.close()
 
     def _drop_moves(self) -> None:
-        if self._pool.live:
-            self._pool.close()
+        self._copies.close()
         self._tickets, self._under_way, self._refused = self._tickets[:0], [], []
 
     # Figures.
@@ -411,7 +411,7 @@ class Pager:
         if borrowing is not None:
             # Lost: there was memory, its lender went, and nobody lends now.
             found["peer"] = {
-                "name": "peer", "slot_bytes": self._pool.page_bytes, "capacity": 0, "in_use": 0,
+                "name": "peer", "slot_bytes": self._copies.page_bytes, "capacity": 0, "in_use": 0,
                 "free": 0, "lost": bool(borrowing.lost or borrowing.stores), "leases": [],
                 "leases_taken": borrowing.leases, "leases_lost": borrowing.lost,
             }

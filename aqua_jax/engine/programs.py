@@ -9,6 +9,10 @@ computed.
 Page moves stand at the head of `forward`, always, with room for `StepSpec.max_moves`: a step
 without any hands over none, so there is one program with and without.
 
+Where several devices share the model (`parallel.shards`), every program runs on each of them with
+its own weights and its own kv heads, and with a vector of its own, for each has its own page moves.
+Hidden rows, logits and tokens come out the same everywhere.
+
 Everything is compiled ahead of time from shapes. After `warm_up` a shape that was not compiled
 is counted (`compiles_after_warmup`) and logged with its shape.
 """
@@ -36,6 +40,7 @@ from aqua_jax.ops.attention import AttentionMetadata, paged_attention
 from aqua_jax.ops.moves import enqueue_moves
 from aqua_jax.ops.pages import copy_pages
 from aqua_jax.ops.spaces import Spaces
+from aqua_jax.parallel.shards import EVERYWHERE, HEADS, PARTS, Shards
 
 Params = dict[str, jax.Array]
 Leaves = tuple[jax.Array, ...]  # parameters in `Programs.names` order: no keys to sort per call
@@ -68,14 +73,23 @@ class Programs:
 
     def __init__(
         self, graphdef: Any, params: Params, kv: jax.Array | jax.ShapeDtypeStruct, spec: StepSpec,
-        spaces: Spaces | None = None,
+        spaces: Spaces | None = None, shards: Shards | None = None,
     ):
-        self._graphdef, self._spec = graphdef, spec
+        """Args:
+          graphdef: of the decoder, or of one device's part of it.
+          params: weights by dotted name.
+          kv: the KV pool, [P, L, 2, page_tokens, K, D].
+          spec: constants.
+          spaces: memory of ours that holds pages behind the pool's; not together with `shards`.
+          shards: the devices that share the model; None: it is on one.
+        """
+        assert spaces is None or shards is None, "a space has the pages of one device"
+        self._graphdef, self._spec, self.shards = graphdef, spec, shards
         self.names = tuple(params)
         self._hidden_size = params["norm.scale"].shape[0]
-        self._params = tuple(_shape_of(array) for array in params.values())
-        self._kv = _shape_of(kv)
-        self._spaces = jax.tree.map(_shape_of, spaces)
+        self._params = tuple(self._shape_of(array) for array in params.values())
+        self._kv = self._shape_of(kv)
+        self._spaces = jax.tree.map(self._shape_of, spaces)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._lock = threading.Lock()
         self._warm = False
@@ -95,7 +109,7 @@ class Programs:
         self, params: Leaves, kv: jax.Array, vector: jax.Array, last_tokens: jax.Array,
         spaces: Spaces | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        spec = self._spec
+        spec, vector = self._spec, vector.reshape(-1)
         tokens = self._tokens_of(vector)
         batch = ForwardBatch.unpack(vector, spec.forward_layout(tokens))
         if spec.max_moves:
@@ -129,7 +143,7 @@ class Programs:
 
         hidden, kv = model.forward(
             ids, batch.positions, attend, kv, prompt_lens=batch.prompt_lens,
-            rows=self._rows(batch.counts),
+            rows=self._rows(batch.counts), shards=self.shards,
         )
         return kv, hidden[batch.sample_rows], hidden
 
@@ -139,7 +153,9 @@ class Programs:
     ) -> tuple[jax.Array, jax.Array]:
         batch = SampleBatch.unpack(vector, SampleBatch.layout(rows))
         with jax.named_scope("logits"):
-            logits = self._model(params).logits(picked[:rows], rows=self._rows(batch.counts))
+            logits = self._model(params).logits(
+                picked[:rows], rows=self._rows(batch.counts), shards=self.shards
+            )
         with jax.named_scope("sample"):
             return sample(logits, batch, last_tokens, history, variant)
 
@@ -155,12 +171,13 @@ class Programs:
         targets = jnp.pad(targets, (0, pad)).reshape(blocks, block)
         model = self._model(params)
         packed = jax.lax.map(
-            lambda x: pack_logprobs(model.logits(x[0]), x[1]), (hidden, targets)
+            lambda x: pack_logprobs(model.logits(x[0], shards=self.shards), x[1]),
+            (hidden, targets),
         )
         return packed.reshape(blocks * block, -1)[:tokens]
 
     def _moves(self, kv: jax.Array, vector: jax.Array, spaces: Spaces | None = None) -> jax.Array:
-        fields = dict(MoveVector.layout(self._spec.max_moves).unpack(vector))
+        fields = dict(MoveVector.layout(self._spec.max_moves).unpack(vector.reshape(-1)))
         with jax.named_scope("moves"):
             return enqueue_moves(kv, fields["moves"], fields["move_head"], spaces=spaces)
 
@@ -250,43 +267,58 @@ class Programs:
         return compiled
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
-        spec = self._spec
+        spec, shards = self._spec, self.shards
         hidden_size = self._hidden_size
-        i32 = jnp.int32
+        function: Callable[..., Any]
         args: tuple[Any, ...]
-        last = jax.ShapeDtypeStruct((spec.sequences,), i32)
+        outputs: Any = (EVERYWHERE, EVERYWHERE)
+        donated: tuple[int, ...] = ()
+        last = self._shape((spec.sequences,))
         if key[0] == "forward":
-            size = spec.forward_layout(key[1]).size
-            jitted = jax.jit(self._forward, donate_argnums=(1,))
-            vector = jax.ShapeDtypeStruct((size,), i32)
+            function, donated = self._forward, (1,)
+            vector = self._vector(spec.forward_layout(key[1]).size)
             args = (self._params, self._kv, vector, last, self._spaces)
+            outputs = (HEADS, EVERYWHERE, EVERYWHERE)
         elif key[0] == "moves":
-            size = MoveVector.layout(spec.max_moves).size
-            jitted = jax.jit(self._moves, donate_argnums=(0,))
-            args = (self._kv, jax.ShapeDtypeStruct((size,), i32), self._spaces)
+            function, donated = self._moves, (0,)
+            vector = self._vector(MoveVector.layout(spec.max_moves).size)
+            args = (self._kv, vector, self._spaces)
+            outputs = HEADS
         elif key[0] == "sample":
             rows, variant = key[1:]
-
-            jitted = jax.jit(functools.partial(self._sample, rows, variant))
-            history = (
-                jax.ShapeDtypeStruct((rows, spec.history_width), i32) if variant.edits else None
-            )
+            function = functools.partial(self._sample, rows, variant)
+            history = self._shape((rows, spec.history_width)) if variant.edits else None
             args = (
-                self._params, jax.ShapeDtypeStruct((spec.sequences, hidden_size), jnp.float32),
-                jax.ShapeDtypeStruct((SampleBatch.layout(rows).size,), i32), last, history,
+                self._params, self._shape((spec.sequences, hidden_size), jnp.float32),
+                self._shape((SampleBatch.layout(rows).size,)), last, history,
             )
         else:
-            jitted = jax.jit(self._prompt_logprobs)
+            function, outputs = self._prompt_logprobs, EVERYWHERE
             args = (
-                self._params, jax.ShapeDtypeStruct((key[1], hidden_size), jnp.float32),
-                jax.ShapeDtypeStruct((key[1],), i32),
+                self._params, self._shape((key[1], hidden_size), jnp.float32),
+                self._shape((key[1],)),
             )
-        return jitted.lower(*args).compile()
+        if shards is not None:
+            inputs = jax.tree.map(lambda shape: shape.sharding.spec, args)
+            function = shards.over(function, inputs, outputs)
+        return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+
+    def _shape(
+        self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.int32,
+        lies: jax.sharding.PartitionSpec = EVERYWHERE,
+    ) -> jax.ShapeDtypeStruct:
+        sharding = None if self.shards is None else self.shards.sharding(lies)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _vector(self, size: int) -> jax.ShapeDtypeStruct:
+        if self.shards is None:
+            return self._shape((size,))
+        return self._shape((self.shards.size, size), lies=PARTS)
+
+    def _shape_of(self, array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = None if self.shards is None else array.sharding
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     def _tokens_of(self, vector: jax.Array) -> int:
         fixed = self._spec.forward_layout(0).size
         return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
-
-
-def _shape_of(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)

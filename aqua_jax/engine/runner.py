@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqua_jax.engine.batch import MoveVector, SampleBatch
+from aqua_jax.engine.batch import MoveVector, SampleBatch, VectorLayout
 from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Params, Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
@@ -128,7 +128,7 @@ class Runner:
         self._lookup, self._pager = lookup, pager
         # On the device once: it never changes, so that no step transfers it.
         self._spaces = jax.device_put(spaces)
-        self._last_tokens = jnp.zeros((spec.sequences,), jnp.int32)
+        self._last_tokens = self._no_tokens()
         self._slots = SlotState(spec.sequences, spec.table_width, lookup)
 
     def dispatch(self, plan: Plan) -> StepRecord | None:
@@ -138,7 +138,7 @@ class Runner:
             assert self._pager is not None, "moves are planned only between pool and stores"
             packed_moves = self._pager.batch(plan.moves)
         if not plan.chunks:
-            if packed_moves is not None and len(packed_moves[0]):
+            if packed_moves is not None and packed_moves[0].size:
                 self._dispatch_moves(*packed_moves)
             return None
         for sequence in plan.moved:
@@ -160,9 +160,28 @@ class Runner:
 
     def _dispatch_moves(self, moves: np.ndarray, head: np.ndarray) -> None:
         layout = MoveVector.layout(self._spec.max_moves)
-        vector = np.zeros(layout.size, np.int32)
-        MoveVector.write(layout.views(vector), moves, head)
+        vector = self._for_devices(np.zeros(layout.size, np.int32), layout, (moves, head))
         self._kv = self.programs.moves()(self._kv, vector, self._spaces)
+
+    def _no_tokens(self) -> jax.Array:
+        tokens, shards = jnp.zeros((self._spec.sequences,), jnp.int32), self.programs.shards
+        return tokens if shards is None else shards.everywhere(tokens)
+
+    def _for_devices(
+        self, vector: np.ndarray, layout: VectorLayout,
+        packed_moves: tuple[np.ndarray, np.ndarray] | None,
+    ) -> np.ndarray:
+        """A step's vector with its moves: i32[size], or i32[N, size] for N devices, moves apart."""
+        shards = self.programs.shards
+        if shards is None:
+            if packed_moves is not None:
+                MoveVector.write(layout.views(vector), *packed_moves)
+            return vector
+        vectors = np.tile(vector, (shards.size, 1))
+        if packed_moves is not None:
+            for own, moves, head in zip(vectors, *packed_moves, strict=True):
+                MoveVector.write(layout.views(own), moves, head)
+        return vectors
 
     @staticmethod
     def read(record: StepRecord) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -180,7 +199,7 @@ class Runner:
     def reset(self) -> None:
         """A new, empty pool after a failed step (which consumed the donated one)."""
         self._kv = self._make_kv()
-        self._last_tokens = jnp.zeros((self._spec.sequences,), jnp.int32)
+        self._last_tokens = self._no_tokens()
 
     def close(self) -> None:
         """Drop device memory; `fence` first."""
@@ -200,8 +219,6 @@ class Runner:
         layout = spec.forward_layout(bucket)
         vector = np.zeros(layout.size, np.int32)
         views = layout.views(vector)
-        if packed_moves is not None:
-            MoveVector.write(views, *packed_moves)
         # Lists first, one conversion at the end, instead of NumPy item assignments per sequence.
         tokens: list[int] = []
         positions: list[int] = []
@@ -234,7 +251,7 @@ class Runner:
             views["copy_sources"][index] = source
             views["copy_targets"][index] = target
         views["counts"][:] = (rows, len(chunks), len(plan.copies))
-        return vector, bucket
+        return self._for_devices(vector, layout, packed_moves), bucket
 
     def _sample(self, sampled: Sequence_[Chunk], picked: jax.Array) -> jax.Array:
         spec, by_slot = self._spec, self._slots

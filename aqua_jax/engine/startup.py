@@ -42,6 +42,7 @@ from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
+from aqua_jax.parallel.shards import HEADS, Shards, ask_for_cpu_devices
 from aqua_jax.scheduling.cost import CostConfig, Costs
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
@@ -111,43 +112,48 @@ def _build(
 ) -> Parts:
     timings: dict[str, float] = {}
     started = time.monotonic()
+    ask_for_cpu_devices(config.tensor_parallel)
     platform.start(config)
     enable_compile_cache(config.compile_cache_dir)
     pack = _packs_weights(config)
     loaded = loading.load(
         config.model, load_format=config.load_format, dtype=config.dtype,
         tokenizer=config.tokenizer, transform=_pack_kernel if pack else None, seed=config.seed,
+        tensor_parallel=config.tensor_parallel,
     )
-    model, params = loaded.config, dict(loaded.params)
+    model, params, shards = loaded.config, dict(loaded.params), loaded.shards
+    part = model if shards is None else shards.part  # what a device computes
     if pack and model.tied_embeddings:
-        embedding = np.asarray(params["embed.embedding"])
-        params["embed.embedding"] = jax.device_put(_pack(embedding.T))
+        _pack_embedding(params, shards)
     timings["load_s"] = time.monotonic() - started
 
     dtype = jnp.dtype(loaded.dtype)
     kv_dtype = dtype if config.kv_dtype == "auto" else jnp.dtype(_DTYPES[config.kv_dtype])
     page_bytes = page_size(config, model, kv_dtype.itemsize)
-    attention = _attention(config, model, kv_dtype)
-    graphdef, _ = abstract_decoder(model, dtype)
-    device = jax.local_devices()[0]
+    attention = _attention(config, part, kv_dtype)
+    graphdef, _ = abstract_decoder(part, dtype)
+    devices = jax.local_devices()[:1] if shards is None else shards.devices
+    device = devices[0]  # the others have as much of everything
     memory = platform.device_memory(device)
+    lies = None if shards is None else shards.sharding(HEADS)
 
     def shape(pages: int) -> tuple[int, ...]:
-        return (pages, model.num_layers, 2, config.page_tokens, model.num_kv_heads, model.head_dim)
+        heads = kv_heads(config, model)
+        return (pages, model.num_layers, 2, config.page_tokens, heads, model.head_dim)
 
     def spec_for(pages: int, moves: bool) -> StepSpec:
         return _spec(config, model, pages, attention, pack, moves=moves)
 
     def probe(pages: int) -> Programs:
-        kv = jax.ShapeDtypeStruct(shape(pages), kv_dtype)
-        found = Programs(graphdef, params, kv, spec_for(pages, config.swaps))
+        kv = jax.ShapeDtypeStruct(shape(pages), kv_dtype, sharding=lies)
+        found = Programs(graphdef, params, kv, spec_for(pages, config.swaps), shards=shards)
         found.warm_up("largest")
         return found
 
     sized = None
     if _fills_the_device(config, memory):
         guess = memory_plan.guessed_peak(model, config.step_tokens, config.max_num_seqs)
-        sized = memory_plan.size_pool(memory, page_bytes, guess, probe)
+        sized = memory_plan.size_pool(memory, page_bytes // len(devices), guess, probe)
     num_pages = sized.pages if sized else pool_pages(config, model, kv_dtype.itemsize, memory)
     lent = None
     if config.lend != "off":
@@ -160,22 +166,23 @@ def _build(
     spec = spec_for(own_pages, tiers.usable)
 
     def make_kv() -> jax.Array:
-        return jnp.zeros(shape(own_pages), kv_dtype)
+        return jnp.zeros(shape(own_pages), kv_dtype, device=lies)
 
     kv = make_kv()
     spaces = None if lent is None else Spaces.behind(kv, lent.space)
     if sized and sized.programs.spec == spec:
         programs = sized.programs
     else:
-        programs = Programs(graphdef, params, kv, spec, spaces)
+        programs = Programs(graphdef, params, kv, spec, spaces, shards)
     warmup_started = time.monotonic()
     programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
     weights = memory_plan.bytes_on(params.values(), device)
     plan = memory_plan.MemoryPlan(
-        library.platform(), device.device_kind, weights, num_pages * page_bytes,
+        library.platform(), device.device_kind, weights, num_pages * page_bytes // len(devices),
         memory_plan.peak_bytes(programs), max(0, memory.in_use - weights),
         memory_plan.margin_of(memory), memory,
+        tuple(memory_plan.Share.of(device, params.values(), kv) for device in devices),
     )
     logging.info("%s", plan.table())
     max_model_len = spec.history_width
@@ -199,7 +206,7 @@ def _build(
             scheduler.residency, tiers.stores, kv, borrowing=tiers.borrowing,
             verify=config.verify_pages, observe=scheduler.costs.observe_moves,
             ended=None if trace is None else trace.move_finished,
-            delayed=scheduler.costs.delay_moves, spaces=spaces,
+            delayed=scheduler.costs.delay_moves, spaces=spaces, devices=len(devices),
         )
         opened.callback(pager.close)
     runner = Runner(programs, params, make_kv, kv, spec, lookup, pager, spaces)
@@ -275,9 +282,15 @@ def enable_compile_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def kv_heads(config: EngineConfig, model: ModelConfig) -> int:
+    """Heads of a page on all devices together: with fewer than devices, some have the same."""
+    return max(model.num_kv_heads, config.tensor_parallel)
+
+
 def page_size(config: EngineConfig, model: ModelConfig, itemsize: int) -> int:
-    """Bytes of a page: keys and values of its tokens in all layers."""
-    return model.num_layers * 2 * model.kv_size * itemsize * config.page_tokens
+    """Bytes of a page: keys and values of its tokens in all layers, on all devices together."""
+    width = kv_heads(config, model) * model.head_dim
+    return model.num_layers * 2 * width * itemsize * config.page_tokens
 
 
 def _fills_the_device(config: EngineConfig, memory: platform.DeviceMemory) -> bool:
@@ -305,7 +318,9 @@ def pool_pages(
         unit = f"{page_bytes} bytes"
     if pages < 1:
         raise ConfigError(field, value, f"at least one page: {unit} for this model")
-    available = memory.available if memory.available is not None else _available_memory()
+    available = _available_memory()
+    if memory.available is not None:
+        available = memory.available * config.tensor_parallel
     if available is not None and pages * page_bytes > available:
         raise ConfigError(
             field, value, f"what fits into the {available} bytes of memory that are available "
@@ -392,6 +407,18 @@ def _pack(kernel: np.ndarray) -> np.ndarray:
     return linear_op.pack(kernel, kernel.dtype)
 
 
-def _pack_kernel(name: str, array: np.ndarray) -> Any:
-    # device_put takes over the aligned memory that `pack` returns; jnp.asarray would copy it.
-    return jax.device_put(_pack(array)) if name.endswith(".kernel") else jnp.asarray(array)
+def _pack_kernel(name: str, array: np.ndarray) -> np.ndarray:
+    return _pack(array) if name.endswith(".kernel") else array
+
+
+def _pack_embedding(params: dict[str, jax.Array], shards: Shards | None) -> None:
+    """Packs the transpose of a tied embedding, or of each device's part of it."""
+    embedding = params["embed.embedding"]
+    if shards is None:
+        packed = jax.device_put(_pack(np.asarray(embedding).T))
+    else:
+        packed = shards.join([
+            shards.place(_pack(np.asarray(part).T), rank)
+            for rank, part in enumerate(shards.parts(embedding))
+        ])
+    params["embed.embedding"] = packed

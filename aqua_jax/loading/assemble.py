@@ -2,15 +2,17 @@
 
 A parameter's tensors are laid row by row into one buffer `[out, in]` (fusing q, k, v or gate, up is
 then just consecutive rows) in its final dtype, a few MiB decoded at a time, so that the memory
-beyond the parameters themselves is one buffer of the largest one.
+beyond the parameters themselves is one buffer of the largest one. Where several devices share the
+model, there is a buffer for each one's part instead, and the file is still read once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import ml_dtypes
@@ -19,6 +21,8 @@ import numpy as np
 from aqua_jax.errors import ModelLoadError
 from aqua_jax.loading.checkpoint import Checkpoint, row_blocks
 from aqua_jax.models.huggingface import ParamSource
+from aqua_jax.parallel.rules import Cut
+from aqua_jax.parallel.shards import Shards
 
 Transform = Callable[[str, np.ndarray], "jax.Array | np.ndarray"]
 _OWN_MAPPING = 1 << 20  # bytes from which an array gets its own mapping
@@ -144,36 +148,92 @@ def auto_dtype(checkpoint: Checkpoint) -> np.dtype:
     return np.dtype(np.float32) if full else np.dtype(ml_dtypes.bfloat16)
 
 
+class _Part:
+    """A device's part of a parameter, while the parameter's rows go by."""
+
+    def __init__(self, cut: Cut, shape: tuple[int, ...], dtype: np.dtype):
+        """`cut` and `shape` are in the stored orientation."""
+        self._cut = cut
+        size = list(shape)
+        size[cut.axis] = cut.size
+        self.array = aligned_empty(tuple(size), dtype)
+        if cut.padding:
+            np.moveaxis(self.array, cut.axis, 0)[cut.size - cut.padding :] = 0
+
+    def take(self, first: int, block: np.ndarray) -> Iterator[np.ndarray]:
+        """Copies what is its own of the rows from `first` on; yields the rows it has filled."""
+        end, at = first + block.shape[0], 0
+        for start, stop in self._cut.ranges:
+            if self._cut.axis == 1:
+                self.array[first:end, at : at + stop - start] = block[:, start:stop]
+            elif (low := max(start, first)) < (high := min(stop, end)):
+                target = self.array[at + low - start : at + high - start]
+                target[...] = block[low - first : high - first]
+                yield target
+            at += stop - start
+        if self._cut.axis == 1:
+            yield self.array[first:end]
+
+
+def _stored(cut: Cut, source: ParamSource) -> Cut:
+    return dataclasses.replace(cut, axis=1 - cut.axis) if source.transpose else cut
+
+
 def assemble(
-    checkpoint: Checkpoint, source: ParamSource, dtype: np.dtype, path: str
-) -> np.ndarray:
-    """One parameter as stored in Hugging Face's orientation, `[out, in]` or `[out]`, in `dtype`.
+    checkpoint: Checkpoint, source: ParamSource, dtype: np.dtype, path: str,
+    cuts: Sequence[Cut] | None = None,
+) -> list[np.ndarray]:
+    """Parts of one parameter as stored in Hugging Face's orientation, `[out, in]` or `[out]`.
+
+    Args:
+      checkpoint: where it is; each row is read once.
+      source: its tensors.
+      dtype: of the result.
+      path: for messages.
+      cuts: the parts, in the decoder's orientation; None: one part, which is all of it.
 
     Raises:
       ModelLoadError: a value is NaN or infinite, or the file ends early.
     """
     rows = sum(shape[0] for shape in source.shapes)
-    out = aligned_empty((rows, *source.shapes[0][1:]), dtype)
+    shape = (rows, *source.shapes[0][1:])
+    whole = [Cut(0, ((0, rows),))]
+    parts = [
+        _Part(cut, shape, dtype)
+        for cut in (whole if cuts is None else [_stored(cut, source) for cut in cuts])
+    ]
     first = 0
-    for name, shape in zip(source.names, source.shapes, strict=True):
+    for name, tensor in zip(source.names, source.shapes, strict=True):
         for start, block in row_blocks(checkpoint, name):
-            target = out[first + start : first + start + block.shape[0]]
             with np.errstate(over="ignore", invalid="ignore"):
-                target[...] = block
-            if not is_finite(target):
+                filled = [rows for part in parts for rows in part.take(first + start, block)]
+            if not all(map(is_finite, filled)):
                 raise ModelLoadError(
                     f"{path}: tensor {name!r}: NaN or infinity (as {dtype}) in rows {start} to "
                     f"{start + block.shape[0] - 1}"
                 )
-        first += shape[0]
-    return out
+        first += tensor[0]
+    return [part.array for part in parts]
+
+
+def take_parts(array: np.ndarray, cuts: Sequence[Cut] | None) -> list[np.ndarray]:
+    """Parts of a parameter in the decoder's orientation; None: one part, which is all of it."""
+    if cuts is None:
+        return [array]
+    parts = []
+    for cut in cuts:
+        along = np.moveaxis(array, cut.axis, 0)
+        padding = np.zeros((cut.padding, *along.shape[1:]), array.dtype)
+        ranges = [along[start:stop] for start, stop in cut.ranges]
+        parts.append(np.moveaxis(np.concatenate([*ranges, padding]), 0, cut.axis))
+    return parts
 
 
 def finish(name: str, array: np.ndarray, transform: Transform | None) -> jax.Array | np.ndarray:
     """A finished parameter through `transform`, if given; kernels `[in, out]` in C order.
 
-    The caller drops `array` before `place`: a transform's unaligned result is copied there, and the
-    source buffer need not be there at the same time.
+    The caller has no other reference to `array`: a transform's unaligned result is copied
+    afterwards, and the source buffer need not be there at the same time.
     """
     value = array if transform is None else transform(name, array)
     if isinstance(value, np.ndarray) and value.ndim == 2 and not value.flags.c_contiguous:
@@ -181,29 +241,56 @@ def finish(name: str, array: np.ndarray, transform: Transform | None) -> jax.Arr
     return value
 
 
-def place(value: jax.Array | np.ndarray) -> jax.Array:
-    """`value` as a jax array; on CPU jax takes an aligned NumPy buffer over without a copy."""
+def _aligned(value: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """What jax takes over without a copy on a CPU."""
     if isinstance(value, jax.Array):
         return value
     if value.ctypes.data % _ALIGNMENT or not value.flags.c_contiguous:
         aligned = aligned_empty(value.shape, value.dtype)
         np.copyto(aligned, value)
         value = aligned
-    return jax.device_put(value)
+    return value
+
+
+def place(
+    name: str, parts: list[np.ndarray], transform: Transform | None, shards: Shards | None
+) -> jax.Array:
+    """Finishes a parameter's parts one by one and puts them where they belong.
+
+    Args:
+      name: dotted.
+      parts: in the decoder's orientation; the list is emptied, so that each buffer goes with its
+        turn.
+      transform: as `finish` takes it.
+      shards: whose parts they are; None: there is one, for the default device.
+    """
+    done: list[jax.Array] = []
+    while parts:
+        value = _aligned(finish(name, parts.pop(0), transform))
+        if shards is None:
+            return value if isinstance(value, jax.Array) else jax.device_put(value)
+        if shards.cuts(name) is None:
+            return shards.everywhere(value)
+        done.append(shards.place(value, len(done)))
+        del value
+    assert shards is not None
+    return shards.join(done)
 
 
 def stream(
     checkpoint: Checkpoint, table: Mapping[str, ParamSource], dtype: np.dtype, path: str,
-    transform: Transform | None,
+    transform: Transform | None, shards: Shards | None = None,
 ) -> Iterator[tuple[str, jax.Array]]:
     """Yields (dotted name, finished parameter) for every parameter of `table`.
+
+    With `shards` each device has its part, see `parallel.shards`.
 
     Raises:
       ModelLoadError: as `assemble`.
     """
     for name, source in table.items():
-        stored = assemble(checkpoint, source, parameter_dtype(name, dtype), path)
-        value = finish(name, stored.T if source.transpose else stored, transform)
-        del stored
-        yield name, place(value)
-        del value
+        cuts = None if shards is None else shards.cuts(name)
+        parts = assemble(checkpoint, source, parameter_dtype(name, dtype), path, cuts)
+        if source.transpose:
+            parts = [part.T for part in parts]
+        yield name, place(name, parts, transform, shards)

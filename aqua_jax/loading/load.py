@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import jax
 
     from aqua_jax.loading.assemble import Transform
+    from aqua_jax.parallel.shards import Shards
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -41,6 +42,7 @@ class LoadedModel:
         tokenizer together; empty when none is known.
       name: `demo`, or the last part of the path.
       dtype: of matrices.
+      shards: the devices that share the model; None: one has all of it.
     """
 
     config: ModelConfig
@@ -49,6 +51,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     name: str
     dtype: np.dtype
+    shards: Shards | None = None
 
 
 def _config(raw: dict[str, Any], overrides: Mapping[str, Any] | None, where: str) -> ModelConfig:
@@ -99,6 +102,7 @@ def load(
     transform: Transform | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
+    tensor_parallel: int = 1,
 ) -> LoadedModel:
     """Loads a model, parameter by parameter.
 
@@ -112,14 +116,16 @@ def load(
       dtype: of matrices: `bfloat16`, `float32`, or `auto`: float32 for checkpoints stored in 32
         bits, else bfloat16. Norm scales and biases are float32.
       tokenizer: directory or .gguf file to take the tokenizer from instead.
-      transform: called with (dotted name, array) for each finished parameter; what it returns takes
-        the parameter's place, and it must not keep the array. Kernels come as `[in, out]`, mostly
-        as a transposed view of `[out, in]` memory.
+      transform: called with (dotted name, array) for each finished parameter, or each device's part
+        of it; what it returns takes its place, and it must not keep the array. Kernels come as
+        `[in, out]`, mostly as a transposed view of `[out, in]` memory.
       config_overrides: entries that replace those of config.json, in Hugging Face's names.
       seed: of dummy weights.
+      tensor_parallel: how many devices share the model, see `parallel.shards`.
 
     Raises:
-      ConfigError: an argument or a field of config.json is invalid.
+      ConfigError: an argument or a field of config.json is invalid, or the model can't be cut for
+        so many devices.
       ModelLoadError: a file is missing or broken, tensors don't fit the configuration, or a weight
         is NaN or infinite.
       DependencyError: an optional package is needed; the message has the command.
@@ -128,7 +134,9 @@ def load(
         raise ConfigError("dtype", dtype, "one of auto, bfloat16, float32")
     found = resolve(model, load_format)
     if found.format == "dummy":
-        return _load_dummy(found, dtype, tokenizer, transform, config_overrides, seed)
+        return _load_dummy(
+            found, dtype, tokenizer, transform, config_overrides, seed, tensor_parallel
+        )
     from aqua_jax.loading import assemble, orbax
     from aqua_jax.models.huggingface import hf_tensor_map
 
@@ -154,18 +162,25 @@ def load(
         assemble.check_complete(source, table, found.path, config.tied_embeddings)
         words = _tokenizer(found, tokenizer, checkpoint)
         kind = assemble.auto_dtype(source) if dtype == "auto" else _DTYPES[dtype]
-        params = dict(assemble.stream(source, table, kind, found.path, transform))
+        shards = _shards(config, tensor_parallel)
+        params = dict(assemble.stream(source, table, kind, found.path, transform, shards))
         assemble.trim_heap()
     finally:
         if source is not None:
             source.close()
     eos = config.eos_token_ids if gguf else _directory_eos(found.path, config, words)
-    return LoadedModel(config, params, words, tuple(eos), found.name, kind)
+    return LoadedModel(config, params, words, tuple(eos), found.name, kind, shards)
+
+
+def _shards(config: ModelConfig, tensor_parallel: int) -> Shards | None:
+    from aqua_jax.parallel.shards import Shards
+
+    return None if tensor_parallel == 1 else Shards(config, tensor_parallel)
 
 
 def _load_dummy(
     found: ModelFiles, dtype: str, tokenizer: str | None, transform: Transform | None,
-    overrides: Mapping[str, Any] | None, seed: int,
+    overrides: Mapping[str, Any] | None, seed: int, tensor_parallel: int,
 ) -> LoadedModel:
     """Random weights for `found.path`/config.json; bfloat16 unless its dtype says float32."""
     where = os.path.join(found.path, "config.json")
@@ -177,12 +192,13 @@ def _load_dummy(
     kind = _DTYPES[dtype]
     sanity.check_memory(config, kind, where)
     words = _tokenizer(found, tokenizer, None)
-    from aqua_jax.loading.assemble import finish, place
+    from aqua_jax.loading.assemble import place, take_parts
     from aqua_jax.models.parameters import random_params
 
-    params = {
-        name: place(finish(name, array, transform))
-        for name, array in random_params(config, kind, seed)
-    }
+    shards = _shards(config, tensor_parallel)
+    params = {}
+    for name, array in random_params(config, kind, seed):
+        parts = take_parts(array, None if shards is None else shards.cuts(name))
+        params[name] = place(name, parts, transform, shards)
     eos = _directory_eos(found.path, config, words)
-    return LoadedModel(config, params, words, eos, found.name, kind)
+    return LoadedModel(config, params, words, eos, found.name, kind, shards)

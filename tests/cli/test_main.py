@@ -168,7 +168,7 @@ def test_flags_set_every_field():
         field.name for field in dataclasses.fields(EngineConfig)
         if getattr(config, field.name) == field.default
     ]
-    assert changed == ["kv_cache_memory", "slice_steps", "tbt_slo_ms"]
+    assert changed == ["kv_cache_memory", "slice_steps", "tbt_slo_ms", "tensor_parallel"]
     assert config.compile_cache_dir == ""
     assert config.host_kv_memory == 0 and config.peer_kv_memory == 1 << 30
     assert config.lend_kv_memory == 1 << 20
@@ -178,8 +178,12 @@ def test_flags_set_every_field():
     flags = FlagSet()
     common.define_model_flags(flags)
     common.define_engine_flags(flags)
-    flags.parse(["--model=m", "--kv_cache_memory=1.5GiB", "--slice_steps=9", "--tbt_slo_ms=5"])
+    flags.parse([
+        "--model=m", "--kv_cache_memory=1.5GiB", "--slice_steps=9", "--tbt_slo_ms=5",
+        "--tensor_parallel=2",
+    ])
     config = common.engine_config(flags)
+    assert config.tensor_parallel == 2
     assert (config.kv_cache_memory, config.slice_steps, config.tbt_slo_ms) == (3 << 29, 9, 5.0)
 
 

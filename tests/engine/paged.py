@@ -105,15 +105,16 @@ def paged_engine(
         runner = engine._runner
         spec = dataclasses.replace(runner._spec, max_moves=MAX_MOVES)
         params = dict(zip(runner.programs.names, runner._params, strict=True))
-        shape, dtype = runner.kv.shape, runner.kv.dtype
-        random = np.random.default_rng(1).standard_normal(shape, np.float32)
-        programs = Programs(runner.programs._graphdef, params, runner.kv, spec)
+        shards, sharding = runner.programs.shards, runner.kv.sharding
+        random = np.random.default_rng(1).standard_normal(runner.kv.shape, np.float32)
+        programs = Programs(runner.programs._graphdef, params, runner.kv, spec, shards=shards)
         programs.warm_up(warm_up)
         planner = Planner()
-        pager = Pager(planner, stores, runner.kv, verify=verify)
+        devices = 1 if shards is None else shards.size
+        pager = Pager(planner, stores, runner.kv, verify=verify, devices=devices)
         engine._runner = Runner(
-            programs, params, lambda: jnp.zeros(shape, dtype), jnp.array(random, dtype), spec,
-            engine._lookup, pager,
+            programs, params, runner._make_kv,
+            jnp.array(random, runner.kv.dtype, device=sharding), spec, engine._lookup, pager,
         )
         engine._pager = pager
         pages = engine._pool.allocate(spare)

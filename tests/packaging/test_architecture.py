@@ -28,13 +28,14 @@ ARROWS = {
     "bench": {"llm", "engine", "loading"},
     "simulation": {"scheduling", "paging", "bench"},
     "llm": {"engine", "loading"},
-    "engine": {"scheduling", "paging", "memory", "loading", "models", "ops"},
+    "engine": {"scheduling", "paging", "memory", "loading", "models", "ops", "parallel"},
     "scheduling": {"paging"},
     "paging": set(),
     "memory": {"coordinator"},
     "coordinator": set(),
-    "loading": {"models", "ops"},
+    "loading": {"models", "ops", "parallel"},
     "models": {"ops"},
+    "parallel": set(),
     "ops": set(),
 }
 BASE = {
