@@ -25,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest
 # Halves that lend each other tests at the end: what a file's tests share is made once, as a rule.
 SHARED := -n $(JOBS) --dist=worksteal
 
-.PHONY: help setup demo test test-long test-packaging sanitize lint bench clean
+.PHONY: help setup demo demo-lend test test-long test-packaging sanitize lint bench clean
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 	echo
@@ -60,6 +60,9 @@ setup: $(VENV)/.stamp-install $(VENV)/.stamp-demo $(VENV)/.stamp-torch  ## Make 
 
 demo: $(VENV)/.stamp-install $(VENV)/.stamp-demo  ## A burst on SmolLM2-135M with memory for a tenth of it
 	@$(BIN)/python scripts/demo.py $(ARGS)
+
+demo-lend: $(VENV)/.stamp-install $(VENV)/.stamp-demo  ## One engine lends memory to another, and takes it back
+	@$(BIN)/python scripts/demo_lend.py $(ARGS)
 
 test: setup  ## Run the tests (ARGS="-k name" for some)
 	@$(PYTEST) $(SHARED) $(ARGS)

@@ -125,6 +125,9 @@ def _head(
     if pages["cached"]:
         second.append((f", {pages['cached']} cached", "dim"))
     lines = [_cut(first, width), _cut(second, width)]
+    lending = stats.get("lending")
+    if lending:
+        lines.append(_cut(_lent(lending), width))
     paging = stats.get("paging") or {}
     for store in paging.get("stores", ()):
         total = store["capacity"]
@@ -171,6 +174,22 @@ def _row(
         count = row[place[name]] or 0
         line.append((mark * max(bool(count), round(count / max(1, most) * _BAR)), style))
     return _cut(line, width)
+
+
+def _lent(lending: Mapping[str, Any]) -> Line:
+    """What of the pool others have."""
+    lent, lendable = lending["lent"], lending["lendable"]
+    line: Line = [("lent ", "bold"), *_meter(lent, lending["emptying"], lendable)]
+    line.append((f" {lent}/{lendable} pages", ""))
+    for count, words in (
+        (lending["wanted_back"], "wanted back"), (lending["emptying"], "being emptied"),
+        (lending["lost"], "lost"),
+    ):
+        if count:
+            line.append((f", {count} {words}", "yellow"))
+    if not lending["connected"]:
+        line.append((", the coordinator is away", "yellow"))
+    return line
 
 
 def printable(text: str) -> str:

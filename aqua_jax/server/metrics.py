@@ -175,6 +175,8 @@ def engine_families(stats: Mapping[str, Any]) -> Iterator[Metric]:
     pool = stats.get("pages", {})
     for state in ("in_use", "cached", "free"):
         pages.add_metric(["pool", state], pool.get(state, 0))
+    for state in ("lent", "wanted_back", "emptying") if stats.get("lending") else ():
+        pages.add_metric(["pool", state], stats["lending"][state])
     for store in paging.get("stores", ()):
         for state in ("in_use", "free"):
             pages.add_metric([store["name"], state], store.get(state, 0))

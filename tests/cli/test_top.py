@@ -65,6 +65,19 @@ def test_running_ones_come_first_and_the_rest_is_counted():
     assert lines[-1] == f"... and {52 - shown} more"
 
 
+def test_what_is_lent_has_a_line_of_its_own():
+    lending = {
+        "lendable": 48, "lent": 30, "wanted_back": 12, "emptying": 3, "lost": 0, "connected": False,
+    }
+    lines = text(board(snapshot([], lending=lending), rates(None, snapshot([])), 150, 30))
+    (line,) = [line for line in lines if line.startswith("lent ")]
+    assert " 30/48 pages, 12 wanted back, 3 being emptied, the coordinator is away" in line
+    assert "lost" not in line
+    assert not [line for line in text(board(
+        snapshot([], lending=None), rates(None, snapshot([])), 150, 30
+    )) if line.startswith("lent")]
+
+
 @pytest.mark.parametrize(("width", "height"), [(20, 8), (80, 24), (300, 80)])
 def test_every_screen_is_filled_and_not_overrun(width, height):
     rows = [row(n, user="x" * 40, request="y" * 40, vruntime=None) for n in range(100)]

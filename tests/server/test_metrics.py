@@ -91,6 +91,7 @@ def test_counters_that_are_not_there_yet_are_left_out():
         "paging": {
             "stores": [{"name": "peer", "in_use": 4, "free": 5}], "bytes_out": 6, "bytes_in": 7,
         },
+        "lending": {"lent": 8, "wanted_back": 9, "emptying": 10},
     })
     values = {
         (sample.name, *sample.labels.values()): sample.value
@@ -98,6 +99,8 @@ def test_counters_that_are_not_there_yet_are_left_out():
     }
     assert values["aqua_sequences_swapped",] == 3
     assert values["aqua_pages", "peer", "in_use"] == 4
+    assert values["aqua_pages", "pool", "lent"] == 8
+    assert values["aqua_pages", "pool", "wanted_back"] == 9
     assert values["aqua_paged_bytes_total", "in"] == 7
     assert values["aqua_engine_stat", "paging.bytes_out"] == 6
 
