@@ -40,6 +40,7 @@ class Rates:
       out_bytes: moved from the pool into stores.
       in_bytes: moved back.
       preemptions: sequences that gave way.
+      lenders: by name, bytes moved into their memory, and back.
     """
 
     steps: float = 0.0
@@ -47,6 +48,7 @@ class Rates:
     out_bytes: float = 0.0
     in_bytes: float = 0.0
     preemptions: float = 0.0
+    lenders: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def rates(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates:
@@ -68,7 +70,21 @@ def rates(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Rates:
     return Rates(
         rate("steps"), rate("output_tokens"), rate("paging", "bytes_out"),
         rate("paging", "bytes_in"), rate("preemptions"),
+        {
+            name: (max(0.0, out - was[0]) / span, max(0.0, back - was[1]) / span)
+            for name, (out, back) in _lenders(new).items()
+            for was in (_lenders(old).get(name, (out, back)),)
+        },
     )
+
+
+def _lenders(stats: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Bytes moved into lenders' memory and back, by name."""
+    return {
+        lender["lender"]: (lender["bytes_out"], lender["bytes_in"])
+        for store in (stats.get("paging") or {}).get("stores", ())
+        for lender in store.get("lenders", ())
+    }
 
 
 def size(count: float) -> str:
@@ -134,11 +150,28 @@ def _head(
         line: Line = [(f"{store['name'][:4]:4} ", "bold"), *_meter(store["in_use"], 0, total)]
         line.append((f" {store['in_use']}/{total} pages" + (" LOST" * bool(store["lost"])), ""))
         lines.append(_cut(line, width))
+        for lender in store.get("lenders", ()):
+            lines.append(_cut(_lender(lender, speed), width))
     if paging:
         link = f" out {size(speed.out_bytes)}/s, in {size(speed.in_bytes)}/s"
         moves = f", {paging['outstanding']} moves under way"
         lines.append(_cut([("link", "bold"), (link, ""), (moves, "dim")], width))
     return [*lines, []]
+
+
+def _lender(lender: Mapping[str, Any], speed: Rates) -> Line:
+    """Whose memory pages are in, what is wanted back, and what moves there and back."""
+    out, back = speed.lenders.get(lender["lender"], (0.0, 0.0))
+    line: Line = [
+        ("  of ", "dim"), (printable(lender["lender"] or "a lender"), "magenta"),
+        (f" {lender['in_use']}/{lender['capacity']} pages", ""),
+        (f" out {size(out)}/s, in {size(back)}/s", "dim"),
+    ]
+    if lender["wanted"]:
+        line.append((f" {lender['wanted']} WANTED BACK", "bold red"))
+    if lender["lost"]:
+        line.append((" LOST", "bold red"))
+    return line
 
 
 def _meter(used: int, cached: int, total: int, cells: int = 30) -> Line:

@@ -7,6 +7,8 @@ holds.
 
 from __future__ import annotations
 
+from typing import Any
+
 from aqua_jax.errors import ConfigError
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.loan import Loan
@@ -31,6 +33,7 @@ class Borrowing:
       leases: that were ever there.
       lost: of these, those whose lender has gone.
       paces: what lenders let copies be at most, for those that say so, by arena.
+      moved: by lender, bytes moved from the pool to its memory, and back.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Borrowing:
         self.stores: tuple[PeerStore, ...] = ()
         self.leases = self.lost = 0
         self.paces: dict[int, Pace] = {}
+        self.moved: dict[str, list[int]] = {}
         self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
         self._tier = PeerTier(
             [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S)
@@ -80,6 +84,7 @@ class Borrowing:
             store = self._store(self._tier.arrivals.popleft())
             if store is not None:
                 come.append(store)
+                self.moved.setdefault(store.lease.lender, [0, 0])
         self.stores += tuple(come)
         self.leases += len(come)
         missing = self._missing()
@@ -113,6 +118,30 @@ class Borrowing:
         self.stores = tuple(one for one in self.stores if one is not store)
         self.lost += store.lost and bool(store.capacity)
         store.close()
+
+    def count(self, store: object, size: int, inward: bool) -> None:
+        """So many bytes have moved between the pool and a store, if it is a lender's."""
+        if isinstance(store, PeerStore):
+            self.moved[store.lease.lender][inward] += size
+
+    def lenders(self) -> list[dict[str, Any]]:
+        """Whose memory there is, how much, what is in it, what has moved."""
+        found = {
+            name: {
+                "lender": name, "leases": 0, "capacity": 0, "in_use": 0, "wanted": 0, "lost": 0,
+                "bandwidth_cap": 0, "bytes_out": out, "bytes_in": back,
+            }
+            for name, (out, back) in list(self.moved.items())
+        }
+        for store in self.stores:
+            shown: dict[str, Any] = found[store.lease.lender]
+            shown["leases"] += 1
+            shown["capacity"] += store.capacity
+            shown["in_use"] += store.in_use
+            shown["wanted"] += store.wanted_slots
+            shown["lost"] += store.lost
+            shown["bandwidth_cap"] = 0 if store.pace is None else store.pace.cap
+        return list(found.values())
 
     def close(self) -> None:
         """Gives everything back and ends the connection; may be repeated."""

@@ -255,6 +255,8 @@ class Pager:
             ok, status = False, "STORE_LOST" if store.lost else "SLOT_STALE"
         if ok:
             size = move.count * self._token_bytes
+            if self._borrowing is not None:
+                self._borrowing.count(store, size, move.inward)
             if move.inward:
                 self._bytes_in += size
             else:
@@ -405,15 +407,16 @@ class Pager:
         }
 
     def _store_stats(self) -> list[dict[str, Any]]:
-        """By name; under "leases" what is lent by whom."""
+        """By name; under "lenders" what is lent by whom."""
         found: dict[str, dict[str, Any]] = {}
         borrowing = self._borrowing
         if borrowing is not None:
             # Lost: there was memory, its lender went, and nobody lends now.
             found["peer"] = {
                 "name": "peer", "slot_bytes": self._copies.page_bytes, "capacity": 0, "in_use": 0,
-                "free": 0, "lost": bool(borrowing.lost or borrowing.stores), "leases": [],
-                "leases_taken": borrowing.leases, "leases_lost": borrowing.lost,
+                "free": 0, "lost": bool(borrowing.lost or borrowing.stores),
+                "lenders": borrowing.lenders(), "leases": borrowing.leases,
+                "leases_lost": borrowing.lost,
             }
         for store in [tier.store for tier in self._tiers]:
             shown = found.setdefault(store.name, {
@@ -424,10 +427,4 @@ class Pager:
             shown["in_use"] += store.in_use
             shown["free"] += store.free_slots
             shown["lost"] = store.lost and shown["lost"]
-            if isinstance(store, PeerStore) and "leases" in shown:
-                shown["leases"].append({
-                    "lender": store.lease.lender, "capacity": store.capacity,
-                    "in_use": store.in_use, "wanted": store.wanted_slots, "lost": store.lost,
-                    "bandwidth_cap": 0 if store.pace is None else store.pace.cap,
-                })
         return list(found.values())

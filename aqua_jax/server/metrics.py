@@ -187,12 +187,32 @@ def engine_families(stats: Mapping[str, Any]) -> Iterator[Metric]:
     for direction in ("out", "in"):
         moved.add_metric([direction], paging.get(f"bytes_{direction}", 0))
     yield moved
+    yield from _lender_families(paging)
     others = GaugeMetricFamily(
         "aqua_engine_stat", "Every number of Engine.stats(), by its path.", labels=["key"]
     )
     for path, number in _leaves(stats, ""):
         others.add_metric([path], number)
     yield others
+
+
+def _lender_families(paging: Mapping[str, Any]) -> Iterator[Metric]:
+    """Whose memory pages are in, by lender, and what has moved there and back."""
+    pages = GaugeMetricFamily(
+        "aqua_lender_pages", "Pages of lenders' memory.", labels=["lender", "state"]
+    )
+    moved = CounterMetricFamily(
+        "aqua_lender_bytes", "Bytes moved to lenders' memory and back.",
+        labels=["lender", "direction"],
+    )
+    for store in paging.get("stores", ()):
+        for lender in store.get("lenders", ()):
+            for state in ("in_use", "capacity", "wanted"):
+                pages.add_metric([lender["lender"], state], lender[state])
+            for direction in ("out", "in"):
+                moved.add_metric([lender["lender"], direction], lender[f"bytes_{direction}"])
+    yield pages
+    yield moved
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, float]]:

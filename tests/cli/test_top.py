@@ -85,6 +85,24 @@ def test_every_screen_is_filled_and_not_overrun(width, height):
     assert len(lines) <= height and max(map(len, lines)) <= width
 
 
+def test_lenders_are_shown_with_what_moves_and_what_they_want_back():
+    first, second = snapshot([], 100.0), snapshot([], 102.0)
+    for state, moved in ((first, 0), (second, 4 << 20)):
+        state["stats"]["paging"]["stores"][0]["lenders"] = [
+            {"lender": "far", "leases": 2, "capacity": 40, "in_use": 12, "wanted": 3, "lost": 0,
+             "bandwidth_cap": 0, "bytes_out": moved, "bytes_in": 1000},
+            {"lender": "b\x1bad", "leases": 0, "capacity": 0, "in_use": 0, "wanted": 0, "lost": 1,
+             "bandwidth_cap": 0, "bytes_out": 0, "bytes_in": 0},
+        ]
+    lines = text(board(second, rates(first, second), 150, 30))
+    assert lines[3].split() == (
+        "of far 12/40 pages out 2.0 MiB/s, in 0 B/s 3 WANTED BACK".split()
+    )
+    assert "b?ad" in lines[4] and lines[4].endswith("LOST")
+    assert rates(second, first).lenders == {}  # another server at the same place
+    assert len(text(board(second, rates(None, second), 20, 8))) <= 8
+
+
 def test_rates_are_between_two_looks_and_never_negative():
     first = snapshot([], 100.0)
     second = snapshot([], 102.0, steps=30, output_tokens=150)

@@ -83,17 +83,15 @@ def until(engine: Engine, condition, last: dict) -> None:
     last |= steps(engine, look)
 
 
-def leases(engine: Engine) -> list[dict]:
-    """What is lent by whom."""
-    return engine.stats()["paging"]["stores"][0]["leases"]
+def lenders(engine: Engine) -> dict[str, dict]:
+    """Whose memory is there."""
+    shown = engine.stats()["paging"]["stores"][0]["lenders"]
+    return {one["lender"]: one for one in shown if one["leases"]}
 
 
 def held(engine: Engine) -> dict[str, int]:
     """Pages in use by lender."""
-    found: dict[str, int] = {}
-    for one in leases(engine):
-        found[one["lender"]] = found.get(one["lender"], 0) + one["in_use"]
-    return found
+    return {name: one["in_use"] for name, one in lenders(engine).items()}
 
 
 def test_memory_of_two_lenders_comes_goes_and_comes_again(folder, expected, running):
@@ -104,7 +102,9 @@ def test_memory_of_two_lenders_comes_goes_and_comes_again(folder, expected, runn
                 folder, peer=running.path, host_kv_memory=128 * PAGE_BYTES, verify_pages=True,
                 warmup="minimal", **SLICES,
             ) as engine:
-                assert sum(one["capacity"] for one in leases(engine)) == 72
+                assert {n: one["capacity"] for n, one in lenders(engine).items()} == {
+                    "near": 8, "far": 64,
+                }
                 begin(engine)
                 last: dict = {}
                 until(engine, lambda: all(held(engine).values()), last)
@@ -147,7 +147,7 @@ def test_what_is_killed_costs_recomputation_only(folder, expected, victim):
             stats = engine.stats()
             check_nothing_in_use(stats)
             if victim == "lender":
-                wait_for(lambda: engine.tend() or not leases(engine), "its memory is let go of")
+                wait_for(lambda: engine.tend() or not lenders(engine), "its memory is let go of")
             if victim == "coordinator":
                 assert stats["paging"]["stores"][0]["capacity"] == (1 << 20) // PAGE_BYTES
                 assert stats["recomputed_tokens"] == 0 and not stats["paging"]["moves_failed"]
@@ -157,9 +157,8 @@ def test_what_is_killed_costs_recomputation_only(folder, expected, victim):
                 running.start()
             with lent(path, 130, "next"):
                 wait_for(
-                    lambda: engine.tend() or sum(
-                        one["capacity"] for one in leases(engine) if one["lender"] == "next"
-                    ) == 130, "the next lender's is borrowed", 20.0,
+                    lambda: engine.tend() or lenders(engine).get("next", {}).get("capacity") == 130,
+                    "the next lender's is borrowed", 20.0,
                 )
                 last = {}
                 begin(engine)
@@ -244,8 +243,10 @@ def test_a_lenders_bandwidth_is_kept_to_and_known(folder, expected, running):
             stats = engine.stats()["paging"]
             assert costs._delay_s == pytest.approx(PAGE_BYTES / cap)
         assert got == expected
-        (lease,) = stats["stores"][0]["leases"]
-        assert lease["bandwidth_cap"] == cap
+        (lender,) = stats["stores"][0]["lenders"]
+        assert lender["bandwidth_cap"] == cap
+        assert lender["bytes_out"] == stats["bytes_out"] > 0
+        assert lender["bytes_in"] == stats["bytes_in"] > 0
         moved = stats["bytes_out"] + stats["bytes_in"]
         assert moved > cap * 0.2 and stats["capped_copies"] > 0 and stats["capped_s"] > 0
         assert watch.most_within(0.1) <= cap * 0.1 + PAGE_BYTES

@@ -89,7 +89,10 @@ def test_counters_that_are_not_there_yet_are_left_out():
     full = engine_families({
         "swapped": 3, "pages": {"in_use": 1, "cached": 2, "free": 3},
         "paging": {
-            "stores": [{"name": "peer", "in_use": 4, "free": 5}], "bytes_out": 6, "bytes_in": 7,
+            "stores": [{"name": "peer", "in_use": 4, "free": 5, "lenders": [{
+                "lender": "far", "in_use": 4, "capacity": 9, "wanted": 2, "bytes_out": 6,
+                "bytes_in": 8,
+            }]}], "bytes_out": 6, "bytes_in": 7,
         },
         "lending": {"lent": 8, "wanted_back": 9, "emptying": 10},
     })
@@ -103,6 +106,8 @@ def test_counters_that_are_not_there_yet_are_left_out():
     assert values["aqua_pages", "pool", "wanted_back"] == 9
     assert values["aqua_paged_bytes_total", "in"] == 7
     assert values["aqua_engine_stat", "paging.bytes_out"] == 6
+    assert values["aqua_lender_pages", "far", "wanted"] == 2
+    assert values["aqua_lender_bytes_total", "far", "in"] == 8
 
 
 def test_thread_seconds_name_our_threads():
