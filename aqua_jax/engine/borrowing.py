@@ -14,6 +14,7 @@ from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.loan import Loan
 from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.peers import PeerTier
+from aqua_jax.memory.pinning import Pins
 from aqua_jax.memory.segments import LeaseSegment, Segment
 from aqua_jax.memory.sources import LeaseSource
 from aqua_jax.memory.stores import PeerStore
@@ -37,7 +38,8 @@ class Borrowing:
     """
 
     def __init__(
-        self, source: LeaseSource, limit: int | None, slot_bytes: int, page_tokens: int
+        self, source: LeaseSource, limit: int | None, slot_bytes: int, page_tokens: int,
+        pins: Pins | None = None,
     ) -> None:
         """
         Args:
@@ -45,6 +47,7 @@ class Borrowing:
           limit: most bytes; None: all that is lent.
           slot_bytes: of one page of keys and values.
           page_tokens: tokens of a page.
+          pins: makes leases ready for a device's copies; None: they are.
         """
         self.stores: tuple[PeerStore, ...] = ()
         self.leases = self.lost = 0
@@ -52,7 +55,7 @@ class Borrowing:
         self.moved: dict[str, list[int]] = {}
         self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
         self._tier = PeerTier(
-            [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S)
+            [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S), pins=pins
         )
         self._wished = 0
 

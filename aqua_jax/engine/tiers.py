@@ -18,7 +18,7 @@ from aqua_jax.errors import AquaError, ConfigError
 from aqua_jax.memory import sources
 from aqua_jax.memory.arena import available_memory
 from aqua_jax.memory.stores import HostStore
-from aqua_jax.ops import library
+from aqua_jax.ops import library, pinning
 
 # Own memory by default: so many pools, but no more than one part in _HOST_SHARE of what is there.
 _HOST_FACTOR, _HOST_SHARE = 4, 4
@@ -116,7 +116,8 @@ def _host(config: EngineConfig, pages: int, page_bytes: int) -> HostStore | None
         raise ConfigError("host_kv_memory", size, f"at most {room}, the memory available now")
     try:
         return HostStore(
-            size // page_bytes * page_bytes, page_bytes, config.page_tokens, grows=True
+            size // page_bytes * page_bytes, page_bytes, config.page_tokens, grows=True,
+            pins=pinning.pins(),
         )
     except ConfigError as error:
         raise ConfigError("host_kv_memory", size, error.allowed) from error
@@ -135,4 +136,4 @@ def _peer(config: EngineConfig, page_bytes: int) -> Borrowing:
             "peer", config.peer, "the socket of a lender or a coordinator that runs (aqua-jax "
             f"lend, aqua-jax coordinator): {error}",
         ) from error
-    return Borrowing(source, limit, page_bytes, config.page_tokens)
+    return Borrowing(source, limit, page_bytes, config.page_tokens, pinning.pins())

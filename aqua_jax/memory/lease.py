@@ -42,6 +42,7 @@ class Lease:
           closed: called once when the lease has ended.
         """
         self._arena, self._release, self._on_close = arena, release, closed
+        self.before_unmap: Callable[[], None] | None = None
         self.generation = generation
         self.size = arena.size
         self.held = Intervals([(0, arena.size)])
@@ -118,6 +119,9 @@ class Lease:
         """Gives everything back and unmaps it; may be repeated."""
         if self._arena.closed:
             return
+        if self.before_unmap is not None:
+            self.before_unmap()
+            self.before_unmap = None
         ranges = list(self.held)
         for start, end in ranges:
             self.held.remove(start, end)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from aqua_jax.errors import AquaError, ConfigError
+from aqua_jax.errors import AquaError, ArenaError, ConfigError
+from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.pinning import Pins
 from aqua_jax.memory.segments import STEP, LeaseSegment, Segment, growth
 from aqua_jax.memory.sources import LeaseSource
 
@@ -33,7 +36,7 @@ class PeerTier:
     def __init__(
         self, sources: Sequence[LeaseSource], limit: int | None = None, *, step: int = STEP,
         wait_s: float = 2.0, pauses_s: tuple[float, float] = (RETRY_S, MOST_RETRY_S),
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, pins: Pins | None = None,
     ) -> None:
         """
         Args:
@@ -43,6 +46,8 @@ class PeerTier:
           wait_s: seconds that `grow` waits while another thread asks.
           pauses_s: in the background, between two questions in vain: the first pause, the longest.
           clock: in seconds.
+          pins: makes what is borrowed ready for a device's copies before anybody sees it, until
+            the lease is closed. None: it is ready as it is.
 
         Raises:
           ConfigError: a limit below 0.
@@ -54,6 +59,7 @@ class PeerTier:
         self.arrivals: deque[Segment] = deque()
         self._sources, self._step = tuple(sources), step
         self._wait_s, self._pauses_s, self._clock = wait_s, pauses_s, clock
+        self._pins = pins
         self._asking = threading.Lock()  # one question at a time
         self._not_before = [float("-inf")] * len(self._sources)
         self._leases: list[LeaseSegment] = []  # all that may still hold bytes
@@ -90,7 +96,7 @@ class PeerTier:
                 continue
             start = self._clock()
             try:
-                found = [LeaseSegment(lease) for lease in source.borrow(size)]
+                found = [LeaseSegment(one) for one in source.borrow(size) if self._ready(one)]
                 pause = RETRY_S
             except AquaError as error:
                 _log.info("no memory to borrow: %s", error)
@@ -101,6 +107,19 @@ class PeerTier:
                 return found[0]
             self._not_before[index] = self._clock() + pause
         return None
+
+    def _ready(self, lease: Lease) -> bool:
+        if self._pins is None:
+            return True
+        try:
+            self._pins.pin(lease.address, lease.size)
+        except ArenaError as error:
+            _log.warning("borrowed memory is given back unused: %s", error)
+            lease.close()
+            return False
+        # What is given back before that stays in memory until then, though nobody uses it here.
+        lease.before_unmap = functools.partial(self._pins.unpin, lease.address, lease.size)
+        return True
 
     def asked(self) -> bool:
         """Whether a lender wants memory back, or is gone: some flags, no lock."""

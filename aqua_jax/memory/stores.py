@@ -13,15 +13,16 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import logging
-import threading
 import time
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
-from aqua_jax.errors import ArenaError, ConfigError, StaleHandleError, StoreError
-from aqua_jax.memory.arena import PAGE, Arena, round_up
+from aqua_jax.errors import ConfigError, StaleHandleError, StoreError
+from aqua_jax.memory.arena import PAGE, round_up
+from aqua_jax.memory.growing import GrowingMemory
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.pace import Pace
+from aqua_jax.memory.pinning import Pins
 
 _log = logging.getLogger(__name__)
 
@@ -277,7 +278,7 @@ class HostStore(_Slots):
 
     def __init__(
         self, size: int, slot_bytes: int, page_tokens: int, *, name: str = "host",
-        huge_pages: bool = False, grows: bool = False,
+        huge_pages: bool = False, grows: bool = False, pins: Pins | None = None,
     ) -> None:
         """
         Args:
@@ -288,16 +289,15 @@ class HostStore(_Slots):
           huge_pages: advise them for the memory. 1 GiB took 0.13 s with and 0.25 s without, but
             2.8 s when the system had to move others' pages first.
           grows: take the memory only as it is needed.
+          pins: readies each piece that is taken for the device's copies; None: nothing to do.
         """
         super().__init__(name, size, slot_bytes, page_tokens)
-        self._present = min(size, max(_GROWTH, slot_bytes)) if grows else size  # bytes
-        self.arena = Arena.anonymous(size, huge_pages=huge_pages, present=self._present)
-        self._growing: threading.Thread | None = None
-        self._exhausted = False  # the system had no more, the last time
-        self._usable = self._capacity  # slots that may be handed out
-        if grows:
-            self._usable = self._present // slot_bytes
-            self._free = list(range(self._usable))
+        self._memory = GrowingMemory(
+            size, slot_bytes, huge_pages=huge_pages, grows=grows, pins=pins
+        )
+        self.arena = self._memory.arena
+        self._usable = self._memory.present // slot_bytes  # slots that may be handed out
+        self._free = list(range(self._usable))
 
     @property
     def free_slots(self) -> int:
@@ -307,33 +307,15 @@ class HostStore(_Slots):
         return len(self._free)
 
     def _look_at_growth(self) -> None:
-        thread = self._growing
-        if thread is not None:
-            if thread.is_alive():
-                return
-            thread.join()
-            self._growing = None
-            before, self._usable = self._usable, self._present // self.slot_bytes
-            for index in range(before, self._usable):
-                heapq.heappush(self._free, index)
-            if self._exhausted:
-                _log.warning("store %s: the system has no more than %d of %d bytes for it",
-                             self.name, self._present, self.arena.size)
-                self._capacity = self._usable
-        elif len(self._free) * self.slot_bytes < _GROWTH:
-            self._growing = threading.Thread(target=self._grow, name="aqua-store", daemon=True)
-            self._growing.start()
-
-    def _grow(self) -> None:
-        step = min(max(_GROWTH, self.slot_bytes), self.arena.size - self._present)
-        end = min(round_up(self._present + step), self.arena.size)
-        start = self._present // PAGE * PAGE
-        try:
-            self.arena.populate(start, end - start)
-        except ArenaError:
-            self._exhausted = True
-        else:
-            self._present = end
+        if not self._memory.tend(len(self._free) * self.slot_bytes):
+            return
+        before, self._usable = self._usable, self._memory.present // self.slot_bytes
+        for index in range(before, self._usable):
+            heapq.heappush(self._free, index)
+        if self._memory.exhausted:
+            _log.warning("store %s: no more than %d of %d bytes for it: %s", self.name,
+                         self._memory.present, self.arena.size, self._memory.exhausted)
+            self._capacity = self._usable
 
     @property
     def base(self) -> int:
@@ -342,11 +324,8 @@ class HostStore(_Slots):
 
     def close(self) -> None:
         """Frees the memory; every handle is stale. No copy may be under way. May be repeated."""
-        if self._growing is not None:
-            self._growing.join()
-            self._growing = None
         self._capacity, self._usable, self._in_use, self._free = 0, 0, 0, []
-        self.arena.close()
+        self._memory.close()
 
     def __enter__(self) -> HostStore:
         return self

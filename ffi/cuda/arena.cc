@@ -4,13 +4,15 @@
 #include <mutex>
 #include <string>
 
+#include "device.h"
 #include "driver.h"
 #include "moves.h"
 
 namespace {
 
-using aqua::cuda::driver;
 using aqua::cuda::describe;
+using aqua::cuda::driver;
+using aqua::cuda::OnDevice;
 
 struct Arena {
   int device;
@@ -39,11 +41,11 @@ bool ok(cudaError_t status, const char* what) {
   return fail(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes the device current, its context there, and the driver's functions known.
-bool ready(int32_t device) {
+// Whether the device is current, its context there, and the driver's functions known.
+bool ready(const OnDevice& on) {
   last_error.clear();
   if (!driver().missing.empty()) return fail("no usable CUDA driver: " + driver().missing);
-  return ok(cudaSetDevice(device), "cudaSetDevice") && ok(cudaFree(nullptr), "CUDA context");
+  return ok(on.status(), "cudaSetDevice") && ok(cudaFree(nullptr), "CUDA context");
 }
 
 CUmemAllocationProp properties(int32_t device) {
@@ -118,7 +120,8 @@ const char* aqua_arena_error() { return last_error.c_str(); }
 
 int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64_t* address,
                           int32_t* fd) {
-  if (!ready(device)) return 0;
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
   if (bytes == 0) return fail("size: got 0; allowed: > 0");
   const CUmemAllocationProp wanted = properties(device);
   size_t unit = 0;
@@ -149,7 +152,8 @@ int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64
 }
 
 int64_t aqua_arena_import(int32_t device, int32_t fd, uint64_t size, uint64_t* address) {
-  if (!ready(device)) return 0;
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
   Arena arena{device, 0, size, 0};
   void* descriptor = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
   if (!ok(driver().import_handle(&arena.handle, descriptor,
@@ -174,7 +178,8 @@ int32_t aqua_arena_close(int64_t id) {
     arena = found->second;
     arenas.erase(found);
   }
-  if (!ready(arena.device)) return 0;
+  const OnDevice on(arena.device);
+  if (!ready(on)) return 0;
   const bool unmapped = ok(driver().unmap(arena.address, arena.size), "unmapping");
   const bool freed = unmapped && ok(driver().unreserve(arena.address, arena.size), "addresses");
   return ok(driver().release(arena.handle), "releasing") && freed;
@@ -183,7 +188,9 @@ int32_t aqua_arena_close(int64_t id) {
 int32_t aqua_arena_scrub(int64_t id, uint64_t offset, uint64_t bytes) {
   int32_t device = 0;
   const uint64_t at = range(id, offset, bytes, &device);
-  if (at == 0 || !ready(device)) return 0;
+  if (at == 0) return 0;
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
   Stream stream;
   return stream.made() &&
          ok(cudaMemsetAsync(reinterpret_cast<void*>(at), 0, bytes, stream.get()), "scrubbing") &&
@@ -193,7 +200,9 @@ int32_t aqua_arena_scrub(int64_t id, uint64_t offset, uint64_t bytes) {
 int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_t* sum) {
   int32_t device = 0;
   const uint64_t at = range(id, offset, bytes, &device);
-  if (at == 0 || !ready(device)) return 0;
+  if (at == 0) return 0;
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
   if (bytes > INT32_MAX) return fail("a range of 2 GiB or more");
   Stream stream;
   void *host = nullptr, *mapped = nullptr;
@@ -215,7 +224,8 @@ int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_
 }
 
 int32_t aqua_arena_memory(int32_t device, uint64_t* free, uint64_t* total) {
-  if (!ready(device)) return 0;
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
   size_t unused = 0, all = 0;
   if (!ok(cudaMemGetInfo(&unused, &all), "cudaMemGetInfo")) return 0;
   *free = unused;

@@ -36,6 +36,25 @@ struct alignas(8) Vec8 {
   uint32_t x, y;
 };
 
+// Makes a device current in this thread, for a scope: others in the thread may have chosen theirs.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    if (cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
+    status_ = cudaSetDevice(device);
+    if (status_ != cudaSuccess) cudaGetLastError();
+  }
+  ~OnDevice() {
+    if (before_ >= 0 && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
+  }
+  OnDevice(const OnDevice&) = delete;
+  cudaError_t status() const { return status_; }
+
+ private:
+  int before_ = -1;
+  cudaError_t status_;
+};
+
 // ---- Launches, from host code of any kind. An empty grid is nothing to do.
 
 template <typename... P, typename... A>

@@ -161,10 +161,8 @@ void MoveStreams::reuse(Flight&& flight) {
 }
 
 cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned) {
-  if (device >= 0) {
-    const cudaError_t error = cudaSetDevice(device);
-    if (error != cudaSuccess) return error;
-  }
+  const OnDevice on(device >= 0 ? device : 0);
+  if (on.status() != cudaSuccess) return on.status();
   *pinned = nullptr;
   cudaPointerAttributes attributes{};
   cudaError_t error = cudaPointerGetAttributes(&attributes, base);
@@ -198,7 +196,7 @@ cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void**
 void unpin(int device, void* pinned) {
   if (pinned == nullptr) return;
   // Without this a thread that has no context yet would make one on the first GPU.
-  if (device >= 0) cudaSetDevice(device);
+  const OnDevice on(device >= 0 ? device : 0);
   if (cudaHostUnregister(pinned) != cudaSuccess) cudaGetLastError();
 }
 

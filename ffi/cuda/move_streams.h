@@ -61,6 +61,8 @@ class MoveStreams {
 
   std::deque<Item> waiting[2];
   std::deque<Flight> flying[2];
+  // When the last flight of each side had landed.
+  std::chrono::steady_clock::time_point busy_until[2] = {};
 
   // Whether another group may be issued now: few at a time, so that abandoning doesn't wait long.
   bool room(int side) const { return flying[side].size() < 4; }

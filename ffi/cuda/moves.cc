@@ -132,6 +132,25 @@ class Queue {
         streams.waiting[side].clear();
       }
     }
+    // Steps whose head has run, but whose moves nobody will take up any more.
+    lock.lock();
+    for (auto& batch : inbox_) arriving_.push_back(std::move(batch));
+    inbox_.clear();
+    lock.unlock();
+    for (auto& batch : arriving_) cancel(batch.get());
+  }
+
+  static void cancel(Batch* batch) {
+    if (!batch->written()) return;
+    const int64_t count = std::min<int64_t>(batch->words[0], batch->capacity);
+    for (; batch->next < count; ++batch->next) {
+      Move move;
+      std::memcpy(&move, batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4),
+                  sizeof(Move));
+      if (results.taken(move.ticket)) continue;
+      results.begin(move.ticket);
+      results.finish(move.ticket, MoveStatus::kCancelled, 0);
+    }
   }
 
   // Takes up the moves of steps whose head has run. False if some of these must wait.
@@ -158,7 +177,8 @@ class Queue {
     const int64_t count = std::min<int64_t>(head[0], batch->capacity);
     for (; batch->next < count; ++batch->next) {
       Move move;
-      std::memcpy(&move, batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4), sizeof(Move));
+      std::memcpy(&move, batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4),
+                  sizeof(Move));
       if (results.taken(move.ticket)) return false;
       results.begin(move.ticket);
       MoveUses uses;
@@ -222,9 +242,11 @@ class Queue {
         flight.report = hold_until(flight.items.front().move.ticket, 1);
       }
       if (!all && flight.report > Clock::now()) return;
+      // Flights of one side overlap: what counts is how long the side was busy.
       const auto time = std::chrono::duration_cast<std::chrono::nanoseconds>(
-          flight.landed - flight.started);
-      busy_ns.fetch_add(time.count(), std::memory_order_relaxed);
+          flight.landed - std::max(flight.started, streams->busy_until[side]));
+      if (time.count() > 0) busy_ns.fetch_add(time.count(), std::memory_order_relaxed);
+      streams->busy_until[side] = std::max(streams->busy_until[side], flight.landed);
       for (size_t i = 0; i < flight.items.size(); ++i) {
         const Item& item = flight.items[i];
         const uint64_t sum = item.move.flags & kMoveChecksum ? flight.sums[i] : 0;
@@ -376,6 +398,7 @@ cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t pa
                       const int32_t* head, const int32_t* moves, int64_t capacity,
                       const Spaces& spaces) {
   if (capacity <= 0 || queue_stopped.load(std::memory_order_seq_cst)) return cudaSuccess;
+  // XLA calls with the stream's context current.
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;

@@ -13,6 +13,13 @@ namespace {
 // NVML's part that is used here; its library comes with the driver and may be missing.
 using Device = struct NvmlDevice*;
 constexpr int kSuccess = 0, kMostLinks = 18, kP2pNvlink = 2, kP2pOk = 0;
+constexpr int kRemoteGpu = 0;
+
+struct Pci {  // nvmlPciInfo_t
+  char short_name[16];
+  unsigned domain, bus, device, id, subsystem;
+  char name[32];
+};
 
 struct Nvml {
   int (*init)() = nullptr;
@@ -20,6 +27,9 @@ struct Nvml {
   int (*p2p_status)(Device, Device, int, int*) = nullptr;
   int (*link_state)(Device, unsigned, int*) = nullptr;
   int (*link_version)(Device, unsigned, unsigned*) = nullptr;
+  int (*remote_type)(Device, unsigned, int*) = nullptr;   // from here on they may be missing
+  int (*remote_pci)(Device, unsigned, Pci*) = nullptr;
+  int (*pci)(Device, Pci*) = nullptr;
   int (*pcie_generation)(Device, unsigned*) = nullptr;
   int (*pcie_width)(Device, unsigned*) = nullptr;
   bool usable = false;
@@ -44,6 +54,9 @@ const Nvml& nvml() {
                find(library, "nvmlDeviceGetMaxPcieLinkGeneration", &n.pcie_generation) &&
                find(library, "nvmlDeviceGetMaxPcieLinkWidth", &n.pcie_width) &&
                n.init() == kSuccess;
+    find(library, "nvmlDeviceGetNvLinkRemoteDeviceType", &n.remote_type);
+    find(library, "nvmlDeviceGetNvLinkRemotePciInfo_v2", &n.remote_pci);
+    find(library, "nvmlDeviceGetPciInfo_v3", &n.pci);
     return n;
   }();
   return found;
@@ -53,6 +66,18 @@ bool device_of(int32_t ordinal, Device* out) {
   char bus[32];
   return cudaDeviceGetPCIBusId(bus, sizeof(bus), ordinal) == cudaSuccess &&
          nvml().by_bus(bus, out) == kSuccess;
+}
+
+// Whether a link of `ours` may carry what goes to `theirs`: it ends there, or at a switch.
+bool leads_to(Device ours, unsigned link, Device theirs) {
+  int type = -1;
+  Pci end{}, peer{};
+  if (nvml().remote_type == nullptr || nvml().remote_type(ours, link, &type) != kSuccess ||
+      type != kRemoteGpu || nvml().remote_pci == nullptr || nvml().pci == nullptr ||
+      nvml().remote_pci(ours, link, &end) != kSuccess || nvml().pci(theirs, &peer) != kSuccess) {
+    return true;  // a switch, or it isn't known
+  }
+  return end.domain == peer.domain && end.bus == peer.bus && end.device == peer.device;
 }
 
 // MB/s one way of one NVLink of a generation, nominal.
@@ -96,6 +121,7 @@ int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
       int active = 0;
       unsigned version = 0;
       if (nvml().link_state(ours, link, &active) != kSuccess || !active) continue;
+      if (!leads_to(ours, link, theirs)) continue;
       ++out[1];
       if (nvml().link_version(ours, link, &version) == kSuccess) out[2] += link_speed(version);
     }

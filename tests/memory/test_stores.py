@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from aqua_jax.errors import ConfigError, StaleHandleError, StoreError
-from aqua_jax.memory import arena, stores
+from aqua_jax.memory import arena, growing
 from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.stores import HostStore, PeerStore, Store
@@ -236,7 +236,7 @@ def test_looking_whether_something_is_wanted_is_quick():
 
 
 def test_a_growing_store_takes_memory_as_it_fills(monkeypatch) -> None:
-    monkeypatch.setattr(stores, "_GROWTH", 4 * PAGE)
+    monkeypatch.setattr(growing, "GROWTH", 4 * PAGE)
     with leftovers() as left, HostStore(64 * PAGE, PAGE, 16, grows=True) as store:
         assert store.capacity == 64
         assert store.allocate(64) is None, "only the first step is there"
@@ -258,7 +258,7 @@ def test_a_growing_store_takes_memory_as_it_fills(monkeypatch) -> None:
 
 
 def test_a_growing_store_ends_where_the_system_has_no_more(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(stores, "_GROWTH", 4 * PAGE)
+    monkeypatch.setattr(growing, "GROWTH", 4 * PAGE)
     store = HostStore(64 * PAGE, PAGE, 16, grows=True)
     monkeypatch.setattr(arena, "available_memory", lambda: 0)
     taken = store.allocate(4)
