@@ -1,15 +1,19 @@
 """Proves the CUDA path on the GPU there is, and measures it: one command, offline, 9 minutes.
 
     python scripts/gpu_check.py [--out=gpu_check.json] [--only=parity,moves] [--limit_s=520]
-    python scripts/gpu_check.py --gpus=2        peer copies as well
+    python scripts/gpu_check.py --gpus=2        peer copies and tensor parallelism as well
+    python scripts/gpu_check.py --soak          8 minutes of engines under load: no leak of memory
     python scripts/gpu_check.py --sanitize[=memcheck,racecheck,synccheck,initcheck]
                                                 compute-sanitizer on the kernels' tests instead
+    python scripts/gpu_check.py --platform=cpu  every stage at tiny sizes on this machine: a test of
+                                                this script, where nothing is measured
 
 Builds `libaqua_cuda.so` in the checkout if it isn't newer than its sources (nvcc, cmake, jaxlib's
-headers; no network), then runs each stage in a process of its own. A stage that fails, or finds a
-wrong byte, is printed with its output and makes the exit status 1; one that can't be run (a package
-is missing, the time is over) says so and counts as not run. Nothing is printed that wasn't measured
-in this run. On a machine without a GPU what needs none is run, and the last line says so.
+headers; no network), then runs each stage in a process of its own, with a budget: its share of the
+time that is left, at most its own limit. A stage that fails, or finds a wrong byte, is printed with
+its output and makes the exit status 1; the others go on. One that can't be run (a package is
+missing, the time is over) says so and counts as not run. Nothing is printed that wasn't measured in
+this run. On a machine without a GPU what needs none is run, and the last line says so.
 """
 
 from __future__ import annotations
@@ -56,12 +60,52 @@ class Stage:
     rows: list[dict] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage to come.
+
+    Attributes:
+      key: what --only calls it.
+      name: in the table.
+      command: what runs.
+      most_s: its limit; where time is short it gets its share by this.
+      read: makes rows of what it printed.
+      environment: variables of its own.
+      gpus: how many it needs; 0: it can run at tiny sizes on a CPU.
+    """
+
+    key: str
+    name: str
+    command: tuple[str, ...]
+    most_s: float
+    read: Callable[[str], list[dict]] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    gpus: int = 1
+
+
 class Check:
     """The stages of one run, under one deadline."""
 
     def __init__(self, limit_s: float, environment: dict[str, str]):
         self.stages: list[Stage] = []
         self._end, self._environment = time.monotonic() + limit_s, environment
+
+    def run_all(self, jobs: list[Job], gpus: int) -> None:
+        """Runs each job that so many GPUs allow, within its share of what time is left."""
+        jobs = [job for job in jobs if self._possible(job, gpus)]
+        for index, job in enumerate(jobs):
+            share = job.most_s / sum(one.most_s for one in jobs[index:])
+            self.run(
+                job.name, list(job.command), most_s=min(job.most_s, self.left_s * share),
+                on_gpu=gpus > 0, environment=dict(job.environment), read=job.read,
+            )
+
+    def _possible(self, job: Job, gpus: int) -> bool:
+        if job.gpus <= gpus:
+            return True
+        if job.gpus == 1 or gpus == 0:
+            self.stages.append(Stage(job.name, "not run", note=f"needs {job.gpus} GPU"))
+        return False
 
     @property
     def left_s(self) -> float:
@@ -76,10 +120,11 @@ class Check:
         """Runs a command for at most `most_s` seconds; `read` makes rows of what it printed."""
         left = min(most_s, self.left_s)
         print(f"== {name}", flush=True)
-        if left < 5:
+        if left < 4:
             return self._add(Stage(name, "not run", note="out of time"))
         variables = {**self._environment, "PYTHONPATH": str(ROOT), **(environment or {})}
         variables["JAX_PLATFORMS"] = "cuda,cpu" if on_gpu else "cpu"
+        variables["TRANSFORMERS_OFFLINE"] = variables["HF_HUB_OFFLINE"] = "1"
         started = time.monotonic()
         try:
             done = subprocess.run(
@@ -143,51 +188,61 @@ def build(check: Check) -> bool:
     return LIBRARY.exists() and check.stages[-1].status == "ok"
 
 
-def correctness(check: Check, wanted: Callable[[str], bool]) -> None:
-    """Ops, moves, lending and engine, for exactness."""
-    if wanted("parity"):
-        check.run("parity of ops", [*PYTEST, "tests/ops/cuda_cases.py"], most_s=180,
-                  read=test_counts)
-    if wanted("queue"):
-        check.run("copy queue", [*PYTEST, "-k", MOVES, "tests/ops/test_moves.py"], most_s=90,
-                  read=test_counts)
-    if wanted("arenas"):
-        # Two processes on one GPU: jax must not take most of it.
-        check.run(
-            "arenas across processes", [sys.executable, "scripts/gpu_arenas.py"], most_s=60,
-            environment={"XLA_CLIENT_MEM_FRACTION": "0.3", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"},
-            read=json_rows,
-        )
-    if wanted("engine"):
-        check.run(
-            "engine, deterministic mode",
-            [*PYTEST, "-k", "auto", "tests/engine/test_deterministic.py"], most_s=150,
-            read=test_counts,
-        )
-        check.run(
-            "engine, pages swapped out and in",
-            [*PYTEST, "-k", "test_swapping or test_two_tiers", "tests/engine/test_paging.py"],
-            most_s=120, read=test_counts,
-        )
-        # f32 products as the other side makes them, not through TF32.
-        check.run(
-            "engine against transformers", [*PYTEST, *TRANSFORMERS], most_s=120, read=test_counts,
-            environment={"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
-        )
+def jobs_of(platform: str, limit_s: float) -> list[Job]:
+    """Every stage, in order: first what must be right, then what is measured."""
+    # Two processes on one GPU, or torch beside jax: jax must not take most of it.
+    third = (("XLA_CLIENT_MEM_FRACTION", "0.3"),)
+    # f32 products as the other side makes them, not through TF32.
+    exact = (("JAX_DEFAULT_MATMUL_PRECISION", "highest"),)
+    measure = (sys.executable, "scripts/gpu_measure.py")
+    bursts = (sys.executable, "scripts/gpu_bursts.py")
+    engine = (sys.executable, "scripts/gpu_engine.py")
+    where = (f"--platform={platform}",)
 
+    def timed(command: tuple[str, ...], what: str, most_s: float) -> tuple[str, ...]:
+        return (*command, what, *where, f"--limit_s={0.7 * most_s:.0f}")
 
-def measurements(check: Check, wanted: Callable[[str], bool], gpus: int) -> None:
-    """Rates, each in a process of its own."""
-    measure = [sys.executable, "scripts/gpu_measure.py"]
-    for what, most_s in (("ceilings", 60), ("moves", 90), ("decode", 90), ("prefill", 90)):
-        if wanted(what):
-            check.run(what, [*measure, what], most_s=most_s, read=json_rows)
-    if wanted("moves"):
-        for way, limit in (("copy engines only", "0"), ("kernels only", str(1 << 40))):
-            check.run(f"moves, {way}", [*measure, "moves"], most_s=60, read=json_rows,
-                      environment={"AQUA_COPY_ENGINE_BYTES": limit})
-    if wanted("peer") and gpus > 1:
-        check.run("peer", [*measure, "peer"], most_s=60, read=json_rows)
+    # Two of jax's devices where there is only a CPU.
+    two = (("XLA_FLAGS", "--xla_force_host_platform_device_count=2"),) if platform == "cpu" else ()
+    no_graphs = (("XLA_FLAGS", "--xla_gpu_enable_command_buffer="),)
+    on = 0 if platform == "cpu" else 1
+    return [
+        Job("parity", "parity of ops", (*PYTEST, "tests/ops/cuda_cases.py"), 120, test_counts),
+        Job("queue", "copy queue", (*PYTEST, "-k", MOVES, "tests/ops/test_moves.py"), 60,
+            test_counts, gpus=on),
+        Job("arenas", "arenas across processes, lender killed",
+            (sys.executable, "scripts/gpu_arenas.py"), 40, json_rows, third),
+        Job("engine", "engine, deterministic mode",
+            (*PYTEST, "-k", "auto", "tests/engine/test_deterministic.py"), 90, test_counts),
+        Job("engine", "engine, pages swapped out and in",
+            (*PYTEST, "-k", "test_swapping or test_two_tiers", "tests/engine/test_paging.py"), 80,
+            test_counts, gpus=on),
+        Job("engine", "engine against transformers", (*PYTEST, *TRANSFORMERS), 90, test_counts,
+            exact),
+        Job("killed", "lender killed in mid-burst", timed(bursts, "killed", 60), 60, json_rows,
+            gpus=on),
+        Job("ceilings", "ceilings", (*measure, "ceilings"), 30, json_rows),
+        Job("moves", "moves", (*measure, "moves"), 40, json_rows),
+        Job("moves", "moves, copy engines only", (*measure, "moves"), 30, json_rows,
+            (("AQUA_COPY_ENGINE_BYTES", "0"),)),
+        Job("moves", "moves, kernels only", (*measure, "moves"), 30, json_rows,
+            (("AQUA_COPY_ENGINE_BYTES", str(1 << 40)),)),
+        Job("decode", "decode attention", (*measure, "decode"), 40, json_rows),
+        Job("prefill", "prompt attention", (*measure, "prefill"), 40, json_rows),
+        Job("steps", "8B-shaped model: steps, prompt, overlap", timed(engine, "steps", 120), 120,
+            json_rows, gpus=on),
+        Job("graphs", "the same without command buffers", timed(engine, "steps", 60), 60, json_rows,
+            no_graphs),
+        Job("startup", "start-up", timed(engine, "startup", 60), 60, json_rows, gpus=on),
+        Job("bursts", "bursts, pool cut", timed(bursts, "bursts", 140), 140, json_rows, gpus=on),
+        Job("transformers", "transformers on the same work", timed(bursts, "transformers", 70), 70,
+            json_rows, third, gpus=on),
+        Job("peer", "peer copies", (*measure, "peer"), 60, json_rows, gpus=2),
+        Job("tensor", "tensor parallelism with paging", timed(bursts, "tensor", 80), 80, json_rows,
+            two, gpus=0 if platform == "cpu" else 2),
+        Job("soak", "soak", (*bursts, "soak", *where, f"--limit_s={limit_s:.0f}"), limit_s + 120,
+            json_rows, gpus=on),
+    ]
 
 
 def sanitize(check: Check, tools: list[str]) -> None:
@@ -241,31 +296,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Checks and measures the CUDA path.")
     parser.add_argument("--out", default="gpu_check.json", help="where the JSON goes")
     parser.add_argument("--only", default="", help="stages, separated by commas")
-    parser.add_argument("--gpus", type=int, default=1, help="2: peer copies as well")
-    parser.add_argument("--limit_s", type=float, default=520, help="seconds for everything")
+    parser.add_argument("--gpus", type=int, default=1, help="2: what needs two as well")
+    parser.add_argument("--limit_s", type=float, default=None,
+                        help="seconds for everything; default 520, or 480 of load with --soak")
+    parser.add_argument("--platform", choices=["cuda", "cpu"], default="cuda",
+                        help="cpu: all that can, at tiny sizes; a test of this script")
+    parser.add_argument("--soak", action="store_true", help="that alone")
     parser.add_argument("--sanitize", nargs="?", const=SANITIZERS, default="",
                         help="run these tools of compute-sanitizer instead")
     args = parser.parse_args()
-    only = set(filter(None, args.only.split(",")))
-    check = Check(args.limit_s, dict(os.environ))
-    built = build(check)
+    only = {"soak"} if args.soak else set(filter(None, args.only.split(",")))
+    load_s = (args.limit_s or 480) if args.soak else 0.0
+    check = Check(load_s + 400 if args.soak else args.limit_s or 520, dict(os.environ))
+    cpu = args.platform == "cpu"
+    built = LIBRARY.with_name("libaqua_cpu.so").exists() if cpu else build(check)
     probe = check.run(
-        "device", [sys.executable, "-c", PROBE], most_s=90,
+        "device", [sys.executable, "-c", PROBE], most_s=90, on_gpu=not cpu,
         read=lambda text: [{"device": found} for found in re.findall(r"^found: (.*)$", text, re.M)],
     )
-    gpu = bool(probe.rows)
+    gpu = bool(probe.rows) and not cpu
     if not built:
         check.stages.append(Stage("everything else", "not run", note="the build failed"))
-    elif not gpu:
-        without_gpu(check)
-    elif args.sanitize:
+    elif args.sanitize and gpu:
         sanitize(check, args.sanitize.split(","))
+    elif gpu or cpu:
+        jobs = jobs_of(args.platform, load_s)
+        chosen = [job for job in jobs if job.key in only or not (only or job.key == "soak")]
+        check.run_all(chosen, args.gpus if gpu else 0)
     else:
-        def wanted(name: str) -> bool:
-            return not only or name in only
-
-        correctness(check, wanted)
-        measurements(check, wanted, args.gpus)
+        without_gpu(check)
     report = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": probe.rows[0]["device"] if gpu else None,
