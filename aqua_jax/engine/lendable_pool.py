@@ -21,7 +21,6 @@ from aqua_jax.engine.request import Request, Sample
 from aqua_jax.errors import AquaError, ConfigError
 from aqua_jax.memory.arena import PAGE
 from aqua_jax.memory.lendable import LendableMemory
-from aqua_jax.memory.producer import Producer
 from aqua_jax.ops.moves import Segment
 from aqua_jax.ops.spaces import Space
 from aqua_jax.paging.pages import Evictable
@@ -84,6 +83,8 @@ class LendablePool:
           ConfigError: the coordinator doesn't answer, the memory isn't there, or this platform
             can't lend.
         """
+        from aqua_jax.memory.producer import Producer  # needs gRPC, which only lenders have
+
         if jax.default_backend() != "cpu":
             raise ConfigError("lend", config.lend, "off: only memory of the host can be lent yet")
         if attention != "ffi":
