@@ -28,6 +28,7 @@ _COLUMNS = (
     ("POOL", "pool_pages", 5, ">"), ("PEER", "peer_pages", 5, ">"), ("HOST", "host_pages", 5, ">"),
     ("TTFT", "ttft_s", 8, ">"), ("AGE", "age_s", 7, ">"),
 )
+_LENDERS = 4  # shown at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def board(state: Mapping[str, Any], speed: Rates, width: int, height: int) -> li
     for row in state["rows"]:
         groups[row[at]].append(row)
     lines = _head(state, speed, {name: len(rows) for name, rows in groups.items()}, width)
-    room = height - len(lines) - 1
+    room = max(0, height - len(lines) - 1)
     shown = [row for name in STATES for row in groups[name][:room]][:room]
     titles = " ".join(f"{title:{side}{cells}}" for title, _, cells, side in _COLUMNS)
     lines.append([(f"{titles}  PAGES"[:width].ljust(width), "reverse")])
@@ -121,7 +122,7 @@ def board(state: Mapping[str, Any], speed: Rates, width: int, height: int) -> li
     left = len(state["rows"]) - len(shown)
     if left > 0:
         lines[-1] = [(f"... and {left + 1} more", "dim")]
-    return lines
+    return lines[:height]
 
 
 def _head(
@@ -150,7 +151,9 @@ def _head(
         line: Line = [(f"{store['name'][:4]:4} ", "bold"), *_meter(store["in_use"], 0, total)]
         line.append((f" {store['in_use']}/{total} pages" + (" LOST" * bool(store["lost"])), ""))
         lines.append(_cut(line, width))
-        for lender in store.get("lenders", ()):
+        # Those whose memory is there, the one with most pages in it first.
+        lenders = sorted(store.get("lenders", ()), key=lambda one: -one["in_use"])
+        for lender in lenders[:_LENDERS]:
             lines.append(_cut(_lender(lender, speed), width))
     if paging:
         link = f" out {size(speed.out_bytes)}/s, in {size(speed.in_bytes)}/s"
