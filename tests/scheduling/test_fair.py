@@ -373,23 +373,19 @@ def test_newcomers_go_first_for_their_share_of_turns() -> None:
 def test_early_turns_are_earned(share: float) -> None:
     policy = fair(2, credit_share=share)
     house = House(policy, num_pages=400, max_num_seqs=1)
-    for _ in range(40):
-        house.add(4, 900)
-    for _ in range(200):
-        house.step()
-    for _ in range(80):
-        house.add(4, 900)
+    for newcomers, steps in ((40, 200), (80, 0)):
+        for _ in range(newcomers):
+            house.add(4, 900)
+        for _ in range(steps):
+            house.step()
     early: list[bool] = []  # of each turn
-    before = set(house.scheduler._running)
     while len(early) < 80:
-        queue = policy._active[""].sequences
-        first = queue.peek()
+        before, first = set(house.scheduler._running), policy._active[""].sequences.peek()
         assert first is not None
         house.step()
         for one in set(house.scheduler._running) - before:
             early.append(one is not first.sequence)
             assert not early[-1] or one.preemptions == 0
-        before = set(house.scheduler._running)
     saved = EARLY_TURNS if share else 0
     assert all(early[:saved])
     # Some newcomers are first without being early.
