@@ -365,8 +365,7 @@ def test_newcomers_go_first_for_their_share_of_turns() -> None:
         return sum(house.tokens_of[one] for one in old)
 
     without, little, much = map(tokens_of_the_old, (0.0, 0.1, 0.9))
-    assert 0.8 * without <= little
-    assert 0 < much <= without
+    assert 0.8 * without <= little and 0 < much <= without
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
@@ -387,8 +386,7 @@ def test_early_turns_are_earned(share: float) -> None:
             early.append(one is not first.sequence)
             assert not early[-1] or one.preemptions == 0
     saved = EARLY_TURNS if share else 0
-    assert all(early[:saved])
-    # Some newcomers are first without being early.
+    assert all(early[:saved])  # after them, some newcomers are first without being early
     assert share * (80 - saved) / 2 <= sum(early[saved:]) <= share * (80 - saved)
 
 
