@@ -210,5 +210,5 @@ class Producer:
         except AquaError as error:
             _log.warning("lending ends: %s", error)
         for lending in self._lendings.values():
-            lending.close()
+            lending.close(0.0)
         self._client.close()
