@@ -45,7 +45,7 @@ def serve(arguments: argparse.Namespace) -> None:
         kv_cache_tokens=arguments.resident * (prompt + output), max_num_seqs=arguments.resident,
         max_model_len=prompt + output, host_kv_memory=arguments.host_mib * _MIB, slice_steps=16,
     ))
-    generator, sent, done, longest = random.Random(0), 0, 0, 0.0
+    generator, sent, longest = random.Random(0), 0, 0.0
     words = engine.model_config.vocab_size
     print("ready", flush=True)
     while True:
@@ -58,13 +58,12 @@ def serve(arguments: argparse.Namespace) -> None:
         outputs = engine.step()
         longest = max(longest, time.perf_counter() - started)
         assert all(one.error is None for one in outputs), outputs
-        done += sum(one.finished for one in outputs)
         if not select.select([sys.stdin], [], [], 0)[0]:
             continue
         if not sys.stdin.readline():
             break
         stats = engine.stats()
-        print(json.dumps({"longest_s": longest, "finished": done, **stats}), flush=True)
+        print(json.dumps({"longest_s": longest, **stats}), flush=True)
         longest = 0.0
     engine.close()
 
@@ -132,19 +131,21 @@ def measure(arguments: argparse.Namespace, lending: Lending, engine: _Engine) ->
     print(f"pages of {page >> 10} KiB, {whole // page} lent; {'asked':>6} {'in use':>7} "
           f"{'took':>9} {'longest step':>13} {'copy':>9} {'beyond':>7}")
     for number in range(arguments.reclaims):
-        _all_borrowed(path, lending, 2 * page)
+        _all_borrowed(path, lending)
         time.sleep(arguments.pause)
         engine.figures()  # the longest step starts anew
         before, held = engine.figures()["paging"], _held(path)
         limit = generator.randrange(whole // page) * page
-        took = time.perf_counter()
+        asked_at = time.perf_counter()
         lending.reclaim(limit, _DRAIN_S)
         _until(lambda: lending.lent <= limit, 60, "it is back")  # noqa: B023
-        took = time.perf_counter() - took
+        took = time.perf_counter() - asked_at
         left = _held(path)
         figures = engine.figures()
         after = figures["paging"]
         copy = after["shift_s"] - before["shift_s"]
+        if held <= limit:
+            continue  # nobody was asked
         asked, beyond = (held - limit) / page, (limit - left) / page
         in_use = before["stores"][0]["in_use"]
         rows.append((took, _ALLOWED_S + figures["longest_s"] + copy, int(asked), int(beyond)))
@@ -162,22 +163,22 @@ def measure(arguments: argparse.Namespace, lending: Lending, engine: _Engine) ->
     )
     paging = engine.figures()
     print(
-        f"meanwhile {paging['finished']} requests ended, {paging['paging']['relocated']} pages "
+        f"meanwhile {paging['output_tokens']} tokens, {paging['paging']['relocated']} pages "
         f"moved down, {paging['paging']['climbed']} up, {paging['paging']['dropped']} dropped, "
         f"{paging['recomputed_tokens']} tokens computed again, moves failed: "
         f"{paging['paging']['moves_failed']}"
     )
 
 
-def _all_borrowed(path: str, lending: Lending, slack: int) -> None:
+def _all_borrowed(path: str, lending: Lending) -> None:
     _lend_all(lending)
-    _until(lambda: _held(path) >= lending.arena.size - slack, 30, "everything is borrowed")
+    # Less than a mebibyte isn't borrowed for its own sake.
+    _until(lambda: _held(path) > lending.arena.size - 2 * _MIB, 30, "everything is borrowed")
 
 
 def force(arguments: argparse.Namespace, lending: Lending, engine: _Engine) -> None:
     """Stops the engine's process and wants everything back."""
-    page = engine.figures()["paging"]["stores"][0]["slot_bytes"]
-    _all_borrowed(arguments.socket, lending, 2 * page)
+    _all_borrowed(arguments.socket, lending)
     engine.child.send_signal(signal.SIGSTOP)
     held = _held(arguments.socket)
     lending.reclaim(0, _DRAIN_S)

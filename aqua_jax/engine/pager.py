@@ -49,6 +49,9 @@ _NAMES = {status.value: status.name for status in Status}
 _DONE = Status.DONE.name
 # Climbing: bytes on their way at a time, and seconds that lenders have wanted nothing before.
 _CLIMB_BYTES, _CALM_S = 8 << 20, 1.0
+# What a lender wants is copied in a moment, and would else be given back a step later; the device
+# has a step to run meanwhile.
+_RESPOND_S = 0.02
 
 
 class Planner(Protocol):
@@ -333,10 +336,14 @@ class Pager:
         """Gives back what lenders want; cheap when they want nothing. Copies climb when no move
         is under way."""
         now = time.monotonic()
-        if any(tier.store.wanted_slots for tier in self._tiers):
+        wanted = any(tier.store.wanted_slots for tier in self._tiers)
+        if wanted:
             self._calm_at = now + _CALM_S
         idle = now >= self._calm_at and not self._planner.outstanding
         self._planner.respond(self._shifter.begin, self._climb if idle else 0)
+        if wanted and self._shifter.under_way:
+            self._shifter.linger(_RESPOND_S)
+            self._planner.respond(self._shifter.begin, 0)
         if self._delayed is not None and self._borrowing is not None and self._borrowing.paces:
             delay = self._planner.tiers.paced_page_s
             if delay != self._page_delay_s:

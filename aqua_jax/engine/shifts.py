@@ -15,6 +15,7 @@ from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory import copies
 from aqua_jax.paging.moves import Shift
 
+_NAP_S = 100e-6
 _Job = tuple[Shift, int, int]  # from where, to where
 
 
@@ -28,6 +29,7 @@ class Shifter:
 
     def __init__(self) -> None:
         self.bytes, self.busy_s = 0, 0.0
+        self._begun = self._done = 0  # each is counted by one thread
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -42,6 +44,7 @@ class Shifter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="aqua-shifts", daemon=True)
             self._thread.start()
+        self._begun += 1
         self._jobs.put((shift, source, target))
 
     def _run(self) -> None:
@@ -52,6 +55,18 @@ class Shifter:
             self.busy_s += time.perf_counter() - started
             self.bytes += shift.source.slot_bytes
             shift.done = True
+            self._done += 1
+
+    def linger(self, limit_s: float) -> None:
+        """Waits a moment for what was begun."""
+        end = time.perf_counter() + limit_s
+        while self.under_way and time.perf_counter() < end:
+            time.sleep(_NAP_S)
+
+    @property
+    def under_way(self) -> int:
+        """Shifts begun and not done."""
+        return self._begun - self._done
 
     def close(self) -> None:
         """Waits for what was begun, ends the thread; may be repeated."""

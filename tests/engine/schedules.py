@@ -19,11 +19,13 @@ import jax
 
 from aqua_jax.config import SamplingParams
 from aqua_jax.engine.engine import Engine
+from aqua_jax.memory.arena import Arena
+from aqua_jax.memory.client import Client
 from aqua_jax.ops import moves as copy_queue
 from tests.faults import processes
 from tests.memory.lending import lending, new_name
 
-LENDERS = ("none", "steady", "takes back", "changes its mind", "is killed")
+LENDERS = ("none", "steady", "takes back", "changes its mind", "is killed", "several")
 BREAKS = ("nothing", "nothing", "pages in stores change", "a step fails", "both")
 POLICIES = ("fair", "fair", "fcfs_swap", "priority")
 
@@ -80,13 +82,17 @@ def _tokens(output: Any) -> list[list[int]]:
 class Schedule:
     """What happens when, and to whom."""
 
-    def __init__(self, seed: int, scale: Scale, catalogue: Sequence[Request]) -> None:
-        """`catalogue`: requests there are to choose from."""
+    def __init__(
+        self, seed: int, scale: Scale, catalogue: Sequence[Request], coordinator: str = ""
+    ) -> None:
+        """`catalogue`: requests there are to choose from. `coordinator`: the socket of one, for
+        several lenders; without it there is always one."""
         self.seed, self.scale, self.catalogue = seed, scale, catalogue
         rng = self.rng = random.Random(seed)
         # In turns, so that a few seeds have them all.
-        self.lender = LENDERS[seed % len(LENDERS)]
-        self.breaks = BREAKS[(seed + 2 * (seed // len(LENDERS))) % len(BREAKS)]
+        lenders = LENDERS if coordinator else LENDERS[:-1]
+        self.lender, self.coordinator = lenders[seed % len(lenders)], coordinator
+        self.breaks = BREAKS[(seed + 2 * (seed // len(lenders))) % len(BREAKS)]
         self.chosen = rng.sample(range(len(catalogue)), scale.requests)
         self.arrivals = sorted(rng.randrange(scale.arrivals) for _ in self.chosen)
         aborted = rng.sample(self.chosen, scale.aborts)
@@ -116,6 +122,9 @@ class Schedule:
         first, second, _ = self._when
         if self.lender == "none":
             yield "", {}
+        elif self.lender == "several":
+            with self._several(first, second) as events:
+                yield self.coordinator, events
         elif self.lender == "is killed":
             path = new_name()
             with processes.lender(path, str(self.lent)) as process:
@@ -130,6 +139,33 @@ class Schedule:
                 if self.lender == "changes its mind":
                     events[first + 1 + second // 8] = lambda: lender.lender.resize(self.lent)
                 yield lender.path, events
+
+    @contextlib.contextmanager
+    def _several(self, first: int, second: int) -> Iterator[dict[int, Callable[[], object]]]:
+        """One lends, wants some of it back, and lends it again; one comes later, and leaves with
+        what it has lent."""
+        rng, page = self.rng, self.scale.page_bytes
+        cap = rng.choice([0, 0, 400 * page])
+        with contextlib.ExitStack() as stack:
+            arenas = [stack.enter_context(Arena.create(self.lent)) for _ in range(2)]
+            stays, leaves = (
+                stack.enter_context(Client(self.coordinator, name=name)) for name in "sl"
+            )
+            lending = stays.lend(arenas[0], cap=cap)
+            fewer = rng.randrange(1 + self.lent // page) * page
+
+            def lend_again() -> None:
+                lending.reclaim(self.lent)
+                for start, end in lending.take_returned():
+                    lending.lend(start, end - start)
+
+            events: dict[int, Callable[[], object]] = {
+                first: lambda: lending.reclaim(fewer, 5.0),
+                first + 1 + second // 8: lend_again,
+                second // 2: lambda: leaves.lend(arenas[1]),
+                second + 9: leaves.close,
+            }
+            yield events
 
     def run(self, make: Callable[..., Engine]) -> tuple[dict[str, list[list[int]]], dict]:
         """Runs it on `make(**settings)`.

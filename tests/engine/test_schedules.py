@@ -7,10 +7,12 @@ import collections
 import pytest
 
 from aqua_jax.config import SamplingParams
+from tests.coordinator.running import coordinator
 from tests.engine.driving import tiny_engine
 from tests.engine.paged import PAGE_BYTES
 from tests.engine.schedules import Catalogue, Request, Scale, Schedule, check, tally
 from tests.engine.test_engine import prompt
+from tests.memory.lending import new_name
 from tests.scale import at_scale
 
 BLOCK = at_scale(10, 50)  # schedules of one test
@@ -46,11 +48,17 @@ def catalogue(folder):
         yield Catalogue(requests(), roomy)
 
 
+@pytest.fixture(scope="module")
+def running():
+    with coordinator(new_name(), "--term_s=5", "--metrics_port=0") as found:
+        yield found
+
+
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_random_schedules_say_the_same(folder, catalogue, block):
+def test_random_schedules_say_the_same(folder, catalogue, running, block):
     seen: collections.Counter[str] = collections.Counter()
     for seed in range(block * BLOCK, (block + 1) * BLOCK):
-        schedule = Schedule(seed, SCALE, catalogue.requests)
+        schedule = Schedule(seed, SCALE, catalogue.requests, running.path)
         wanted = catalogue.answers(schedule.chosen)
         try:
             answers, stats = schedule.run(
