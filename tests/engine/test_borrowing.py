@@ -20,7 +20,7 @@ from tests.coordinator.running import Running, coordinator
 from tests.engine.driving import run_all, tiny_engine
 from tests.engine.paged import PAGE_BYTES
 from tests.engine.test_paging import check_nothing_in_use, ids, paged_some, steps, tight, work
-from tests.faults import coordinated
+from tests.faults import coordinated, processes
 from tests.memory.leftovers import leftovers
 from tests.memory.lending import new_name, wait_for
 
@@ -271,3 +271,30 @@ def test_a_slow_lender_is_used_beside_a_fast_host_and_not_at_all_if_recomputing_
             stats = engine.stats()
         assert stats["recomputed_tokens"] > 0 and stats["paging"]["wait_s"] < 2.0
         assert lending.alive
+
+
+def test_a_lender_that_has_been_started_again_is_borrowed_from_again(folder, expected):
+    """Without a coordinator."""
+    path = new_name()
+    with leftovers() as left:
+        with processes.lender(path, "1MiB") as lender, tight(
+            folder, peer=path, host_kv_memory=64 * PAGE_BYTES, **SLICES
+        ) as engine:
+            begin(engine)
+            last = steps(engine, lambda: paged_some(engine.stats()))
+            lender.signal(signal.SIGKILL)
+            assert lender.wait() == -signal.SIGKILL
+            assert finish(engine, last) == expected
+            wait_for(lambda: engine.tend() or not lenders(engine), "its memory is let go of")
+            assert engine.stats()["paging"]["stores"][0]["lost"]
+            with processes.lender(path, "512KiB"):
+                wait_for(lambda: engine.tend() or lenders(engine), "the next one's is borrowed")
+                begin(engine)
+                before = engine.stats()["paging"]["bytes_out"]
+                last = steps(engine, lambda: engine.stats()["paging"]["bytes_out"] > before)
+                assert finish(engine, last) == expected
+                store = engine.stats()["paging"]["stores"][0]
+                assert (store["capacity"], store["lost"], store["leases_lost"]) == (64, False, 1)
+                check_nothing_in_use(engine.stats())
+                engine.close()
+    wait_for(lambda: left() == [], "connections end")
