@@ -307,17 +307,17 @@ class Fair:
         """Charges the user for what was not charged in advance, and the sequence beyond its
         slice."""
         account, config = self._accounts[sequence], self.config
-        prefill = min(tokens, account.prefill_left)
-        decodes = tokens - prefill
-        new, sampled = decodes, decodes
+        prefill = min(tokens, account.prefill_left) if account.prefill_left else 0
+        new = sampled = decodes = tokens - prefill
+        amount = config.decode_cost * (decodes + price)
         if prefill:
+            amount = self.prefill_cost * prefill + amount
             again = min(prefill, account.recompute_left)
             account.prefill_left -= prefill
             account.recompute_left -= again
             new += prefill - again
             sampled += account.prefill_left == 0  # the first token of a turn comes with its prompt
         self.slices.earn(new)
-        amount = self.prefill_cost * prefill + config.decode_cost * (decodes + price)
         self._credit += _HEAD_STARTS * amount
         account.prepaid -= amount
         if account.prepaid < 0.0:

@@ -216,6 +216,8 @@ class Holdings:
 
     def register(self, sequence: Sequence) -> None:
         """Makes pages findable that are full of tokens known here and dispatched there."""
+        if sequence.num_computed < (sequence.num_registered + 1) * self.pool.page_tokens:
+            return  # most of the time
         if self.prefix is None or sequence.chain is None:
             return
         full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.page_tokens

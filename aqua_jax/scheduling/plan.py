@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PageHandle
@@ -10,8 +11,7 @@ from aqua_jax.scheduling.holdings import Found
 from aqua_jax.scheduling.sequence import Sequence
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """`count` tokens of one sequence, from position `start` on, computed in one step.
 
     The tokens are `sequence.tokens[start : start + count]`, except when `start` lies beyond them:
@@ -20,7 +20,7 @@ class Chunk:
 
     sequence: Sequence
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method has that name
     sample: bool  # the chunk ends at the last token, so the next one is sampled
 
 

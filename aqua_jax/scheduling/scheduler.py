@@ -273,12 +273,13 @@ class Scheduler:
 
     def _serve_running(self, draft: Draft, now: float) -> None:
         order = self.policy.running_order(self._running, now)
-        runnable = [s for s in order if not s.complete and self.holdings.ready(s)]
-        ending = [s for s in order if s.complete]
-        draft.pages_coming = bool(ending)
+        runnable = [s for s in order if not s.complete]
+        draft.pages_coming = len(runnable) < len(order)
         if self.residency is not None:
-            coming = sum(len(sequence.pages) for sequence in ending)
-            runnable = self._make_room(runnable, coming, draft)
+            coming = sum(len(s.pages) for s in order if s.complete) if draft.pages_coming else 0
+            arriving = self.residency.arriving
+            runnable = self._make_room([s for s in runnable if not arriving(s)], coming, draft)
+        size = self.pool.page_tokens
         demands = [sequence.pending for sequence in runnable]
         decodes_to_come = demands.count(1)
         for index, sequence in enumerate(runnable):
@@ -288,21 +289,19 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:  # gave way earlier in this plan
                 continue
             count = min(pending, draft.budget - decodes_to_come, self._chunk_limit)
-            if count > 0 and self._grow(sequence, count, draft, runnable, index):
+            if count > 0 and (
+                sequence.num_computed + count <= len(sequence.pages) * size
+                or self._grow(sequence, count, draft, runnable, index)
+            ):
                 draft.add(sequence, count, pending)
 
-    def _make_room(
-        self, runnable: list[Sequence], coming: int, draft: Draft
-    ) -> list[Sequence]:
+    def _make_room(self, runnable: list[Sequence], coming: int, draft: Draft) -> list[Sequence]:
         """Makes sequences go before pages run short, for copying them takes a step or two.
 
         Args:
-          runnable: in the policy's order.
+          runnable: in the policy's order; those that stay are returned.
           coming: pages of sequences that end in a moment.
           draft: of this plan.
-
-        Returns:
-          Those that stay.
         """
         short = self.room.needs(runnable) - coming - self.holdings.available
         while short > 0 and len(runnable) > 1:
