@@ -6,7 +6,9 @@ One engine answers --requests requests at once, of --prompt tokens in and --toke
 directly (`AsyncEngine.generate`), and streamed over HTTP to a client process that only takes times.
 Printed are medians over pairs of the ratios of throughput and of TTFT, and what the threads of both
 spent: processor seconds don't depend on what else the machine does. The client shares the machine,
-so wall-clock ratios on few cores include its work.
+so wall-clock ratios on few cores include its work. Then the verdicts: tokens/s over HTTP are at
+least 0.97 of the library's by the clock (median of pairs) or by processor seconds, and the TTFT's
+99th percentile is at most 1.05 of its. Status 1 if one is bad.
 """
 
 from __future__ import annotations
@@ -52,12 +54,21 @@ for line in sys.stdin:
 """
 
 
+TOKENS_BAR, TTFT_BAR = 0.97, 1.05
+
+
 def p99(values: list[float]) -> float:
     """99th percentile."""
     return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
-def main() -> None:
+def verdict(what: str, value: float, good: bool, bar: str) -> bool:
+    """Prints and returns `good`."""
+    print(f"{what}: {value:.3f}, bar {bar}: {'ok' if good else 'MISSED'}")
+    return good
+
+
+def main() -> int:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "scripts/models/llama-110m"))
@@ -128,7 +139,10 @@ def main() -> None:
     def spent() -> dict[str, float]:
         found = dict(thread_seconds())
         stats = engine.stats()
-        return {**found, "host_s": stats["host_s"], "steps": stats["steps"]}
+        return {
+            **found, "host_s": stats["host_s"], "steps": stats["steps"],
+            "whole process": time.process_time(),
+        }
 
     ratios: dict[str, list[float]] = {"tokens/s": [], "TTFT p50": [], "TTFT p99": []}
     costs: dict[str, list[dict[str, float]]] = {"library": [], "http": []}
@@ -153,9 +167,11 @@ def main() -> None:
             for kind in ("library", "http")
         ), flush=True)
     print("medians of http / library (quartiles):")
+    medians = {}
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         print(f"  {name:9} {middle:.3f} ({low:.3f} to {high:.3f})")
+        medians[name] = middle
     print("processor seconds a run, median, and a step's:")
     for kind, runs in costs.items():
         middle = {key: statistics.median(one.get(key, 0.0) for one in runs) for key in runs[-1]}
@@ -172,7 +188,19 @@ def main() -> None:
     loop.call_soon_threadsafe(serving.stop)
     thread.join()
     engine.shutdown()
+    pairs = zip(costs["library"], costs["http"], strict=True)
+    seconds = statistics.median(
+        one["whole process"] / other["whole process"] for one, other in pairs
+    )
+    enough = f"at least {TOKENS_BAR}"
+    by_clock = verdict("tokens/s by the clock", medians["tokens/s"],
+                       medians["tokens/s"] >= TOKENS_BAR, enough)
+    by_work = verdict("tokens per processor second of the server", seconds,
+                      seconds >= TOKENS_BAR, enough)
+    prompt_first = verdict("TTFT p99", medians["TTFT p99"], medians["TTFT p99"] <= TTFT_BAR,
+                           f"at most {TTFT_BAR}")
+    return 0 if (by_clock or by_work) and prompt_first else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

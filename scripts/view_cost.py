@@ -4,7 +4,9 @@
 
 A tiny model answers --requests requests at a snail's pace (one step every --step_ms), so that they
 all stay alive while somebody looks. Printed is the processor time, as a share of one core, of the
-watching processes and of the server's threads, with and without them.
+watching processes and of the server's threads, with and without them, and a verdict: watching, at
+two redraws a second, costs at most --bar of a core. What the browser takes for a blank page is
+printed and not counted. Status 1 if a verdict is bad, or redraws came too seldom to judge.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+REDRAWS = 2.0  # a second, of `top` and of the page
 sys.path.insert(0, str(ROOT))
 
 
@@ -53,12 +57,13 @@ def terminal_program(arguments: list[str]):
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160", "LINES": "50"},
     )
     os.close(inner)
-    drawn = [0]
+    drawn = [0, 0]  # bytes, redraws
 
     def drain() -> None:
         with contextlib.suppress(OSError):
             while data := os.read(terminal, 1 << 16):
                 drawn[0] += len(data)
+                drawn[1] += data.count(b"\x1b[H")  # each begins at the top left corner
 
     thread = threading.Thread(target=drain)
     thread.start()
@@ -71,13 +76,25 @@ def terminal_program(arguments: list[str]):
         os.close(terminal)
 
 
-def main() -> None:
+def verdict(name: str, share: float, redraws: float, bar: float) -> bool:
+    """Prints whether a watcher is cheap enough at the rate it should redraw; whether it is."""
+    seldom = redraws < 0.8 * REDRAWS
+    good = share <= bar and not seldom
+    word = "too few redraws to judge" if seldom and share <= bar else "ok" if good else "OVER"
+    each = share / redraws * 1e3 if redraws else 0.0
+    print(f"{name}: {share:.2%} of a core at {redraws:.1f} redraws/s ({each:.1f} ms each), "
+          f"bar {bar:.0%}: {word}")
+    return good
+
+
+def main() -> int:
     """Runs and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--step_ms", type=float, default=50.0)
     parser.add_argument("--policy", default="fair")
+    parser.add_argument("--bar", type=float, default=0.02)
     args = parser.parse_args()
 
     from aqua_jax.config import SamplingParams
@@ -113,12 +130,16 @@ def main() -> None:
             streams = loop.run_until_complete(submit())
             time.sleep(3)
 
-            def measure(name: str, pid: int | None) -> None:
+            def measure(
+                name: str, pid: int | None, drawn: Callable[[], int] = lambda: 0
+            ) -> tuple[float, float]:
+                """Share of a core that watching takes, and redraws a second."""
                 time.sleep(4)  # it starts
-                before, began = thread_seconds(), time.monotonic()
+                before, began, frames = thread_seconds(), time.monotonic(), drawn()
                 own = tree_seconds(pid) if pid else 0.0
                 time.sleep(args.seconds)
                 span = time.monotonic() - began
+                redraws = (drawn() - frames) / span
                 after = thread_seconds()
                 watching = (tree_seconds(pid) - own) / span if pid else 0.0
                 threads = ", ".join(
@@ -126,12 +147,14 @@ def main() -> None:
                     for thread in ("aqua-engine", "aqua-http")
                 )
                 print(f"{name:10} watching {watching:.2%} of a core; server: {threads}", flush=True)
+                return watching, redraws
 
+            found = {}
             print(f"{engine.stats()['live_requests']} requests")
             measure("nobody", None)
             top = [sys.executable, "-m", "aqua_jax.cli.main", "top", f"--url={served.url}"]
             with terminal_program(top) as (pid, drawn):
-                measure("top", pid)
+                found["top"] = measure("top", pid, lambda: drawn[1])
                 assert drawn[0] > 1000 * args.seconds, "nothing was drawn"
             if PROGRAM is None:
                 print("no Chromium here, so the page isn't looked at")
@@ -140,16 +163,22 @@ def main() -> None:
                     tempfile.TemporaryDirectory() as profile,
                     browser(pathlib.Path(profile)) as page,
                 ):
-                    page.open(served.url + "/")
-                    page.wait("drawn > 2")
-                    measure("page", page.process.pid)
-                    print(f"{'':10} drawn {page.evaluate('drawn')} times, "
-                          f"{page.evaluate('alive.size')} requests")
+                    page.open("about:blank#")
+                    blank, _ = measure("blank page", page.process.pid)
+                    page.command("Page.navigate", url=served.url + "/")
+                    page.wait("typeof drawn !== 'undefined' && drawn > 2")
+                    share, redraws = measure(
+                        "page", page.process.pid, lambda: page.evaluate("drawn")
+                    )
+                    found["page"] = max(0.0, share - blank), redraws
+                    print(f"{'':10} {page.evaluate('alive.size')} requests shown")
             measure("nobody", None)
             for stream in streams:
                 stream.close()
         engine.shutdown()
+    good = [verdict(name, *figures, args.bar) for name, figures in found.items()]
+    return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,7 +26,7 @@ def inspect(engine: Engine) -> dict[str, Any]:
       "columns": names; "rows": a list a live sample, in order of arrival, states "running",
       "waiting" or "swapped", pages in a store counted whether or not the pool has them as well,
       "arrived" and "time" in seconds of `time.monotonic()`, a "slice_left" without end infinite;
-      "users": vruntime by name; "stats": `Engine.stats()`.
+      "users": vruntime by name; "stats": `Engine.stats()` without bounds.
     """
     policy, residency = engine.scheduler.policy, engine.scheduler.residency
     none: int | None = None if residency is None else 0
@@ -62,6 +62,6 @@ def inspect(engine: Engine) -> dict[str, Any]:
                 sequence.preemptions,
             ))
     return {
-        "columns": COLUMNS, "rows": rows, "users": users, "stats": engine.stats(),
+        "columns": COLUMNS, "rows": rows, "users": users, "stats": engine.stats(bounds=False),
         "time": time.monotonic(),
     }

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _INLINE_CHARS = 2000  # of text; more is tokenized by a thread, beside the event loop
 _FOLLOW_EVERY_S = 0.5
+_LOOK_AGAIN_S = 0.1  # when there is no later version yet: snapshots that cost much are kept longer
 _CLIENT_GONE = 499  # nginx's number; nobody sees it
 _OPEN_PATHS = ("/health", "/")
 
@@ -229,9 +230,11 @@ class Server:
         """A line for each new version, until the server stops."""
         while not self.draining:
             state = await self._feed.get(seen)
-            if state is not None and state[0] != seen:
-                seen = state[0]
-                yield state[1] + b"\n"
+            if state is None or state[0] == seen:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+                continue
+            seen = state[0]
+            yield state[1] + b"\n"
             await asyncio.sleep(_FOLLOW_EVERY_S)
 
     async def _openapi(self, request: Request) -> Response:
