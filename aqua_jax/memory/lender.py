@@ -16,18 +16,20 @@ import dataclasses
 import os
 import selectors
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from aqua_jax.coordinator.sockets import Listener, has_exited, peer_of
-from aqua_jax.errors import AquaError, ConfigError, FieldError, ProtocolError
+from aqua_jax.errors import AquaError, ConfigError, FieldError, LenderError, ProtocolError
 from aqua_jax.memory import protocol
-from aqua_jax.memory.arena import Arena
+from aqua_jax.memory.arena import Arena, round_up
 from aqua_jax.memory.grants import Grant, Grants
 
 SCRUB_BYTES = 16 << 20  # between two looks at the sockets: about 3 ms
 HELLO_S = 5.0  # for a connection to say who it is
+_LOOK_S = 0.001  # between two looks at what has come back
 MOST_UNSENT = 64 << 10  # a borrower that reads nothing is dropped after so many bytes
 
 
@@ -54,7 +56,8 @@ class _Client:
 class Lender:
     """Lends `size` bytes at a socket until told to stop.
 
-    Use as a context manager around `serve`; `stop` and `resize` may be called by other threads.
+    Use as a context manager around `serve`, or with `start`, which does so in a thread; `stop`,
+    `resize` and `room` may be called by other threads.
 
     Raises:
       ConfigError: the memory isn't there, or the path can't be listened on.
@@ -98,8 +101,41 @@ class Lender:
         self._leaving = False
         self._closed = False
         self._new_limit: int | None = None
+        self._thread: threading.Thread | None = None
 
     # What other threads and signal handlers may call.
+
+    def start(self) -> Lender:
+        """Serves in a thread of its own until `close`; returns the lender."""
+        self._thread = threading.Thread(target=self.serve, name="aqua-lender", daemon=True)
+        self._thread.start()
+        return self
+
+    @contextlib.contextmanager
+    def room(self, size: int, timeout_s: float = 30.0) -> Iterator[None]:
+        """Keeps `size` bytes for the caller for the length of a block, and lends the rest.
+
+        What borrowers hold of it is wanted back; the block begins when its memory has gone back to
+        the system. Afterwards all is lent again.
+
+        Raises:
+          ConfigError: more than the lender has. Nothing changes.
+          LenderError: borrowers haven't given it back in time. All is lent as before.
+        """
+        limit = self.arena.size - size
+        self.resize(limit)
+        try:
+            end = time.monotonic() + timeout_s
+            while self.arena.size - self.grants.withheld.total > round_up(limit):
+                if time.monotonic() > end or self._closed:
+                    raise LenderError(
+                        f"borrowers keep {self.grants.held} bytes; wanted: at most {limit}, within "
+                        f"{timeout_s} s"
+                    )
+                time.sleep(_LOOK_S)
+            yield
+        finally:
+            self.resize(self.arena.size)
 
     def stop(self) -> None:
         """Asks for everything back; `serve` returns when it has come."""
@@ -117,8 +153,11 @@ class Lender:
 
     def _wake(self) -> None:
         if not self._closed:
-            with contextlib.suppress(BlockingIOError):  # full: it is awake already
-                os.write(self.wake_fd, b"x")
+            self._knock()
+
+    def _knock(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            os.write(self.wake_fd, b"x")
 
     # The loop.
 
@@ -133,6 +172,8 @@ class Lender:
             if stopping() and not self._leaving:
                 self._leaving = True
                 self._say("leaving when everything is back; a second signal leaves at once")
+            if self._closed:
+                return
             self._settle()
             if self._leaving and not self.grants.held:
                 self._say("everything is back, leaving")
@@ -425,8 +466,16 @@ class Lender:
         )
 
     def close(self) -> None:
-        """Ends all connections and the arena, whoever holds it: their mappings stay valid."""
-        self._closed = True
+        """Ends all connections and the arena, whoever holds it: their mappings stay valid.
+
+        May be repeated.
+        """
+        closed, self._closed = self._closed, True
+        if not closed:
+            self._knock()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         for client in list(self._clients.values()):
             self._forget(client)
         self._stack.close()
