@@ -206,17 +206,17 @@ class PagePool:
             raise PageError(f"cannot allocate {count} pages")
         if count > self.available:
             return None
-        return [self._take() for _ in range(count)]
-
-    def _take(self) -> PageHandle:
-        if self._free:
-            page = self._free.pop()
-        else:
-            page = self._evictable.pop()
-            self._forget(page)
-        self._references[page] = 1
-        self._generations[page] += 1
-        return PageHandle(page, self._generations[page])
+        free, evictable, handles = self._free, self._evictable, []
+        for _ in range(count):
+            if free:
+                page = free.pop()
+            else:
+                page = evictable.pop()
+                self._forget(page)
+            self._references[page] = 1
+            self._generations[page] = generation = self._generations[page] + 1
+            handles.append(PageHandle(page, generation))
+        return handles
 
     def retain(self, handle: PageHandle) -> None:
         """Adds a reference to a page in use, or takes a cached one back into use."""
@@ -268,6 +268,11 @@ class PagePool:
             self.leaving -= 1  # until `release` finds it so
         self._pins[page] -= 1
         self.release(handle)
+
+    def holders(self, handle: PageHandle) -> int:
+        """References to a page besides its pins."""
+        page = self._check(handle)
+        return self._references[page] - self._pins[page]
 
     def pins(self, handle: PageHandle) -> int:
         """References to a page in use that end by themselves."""
@@ -377,5 +382,6 @@ def release_all(pool: PagePool, handles: Sequence[PageHandle]) -> None:
 
     A prefix is found from its first page on, so the tail must be evicted before the head.
     """
+    release = pool.release
     for handle in reversed(handles):
-        pool.release(handle)
+        release(handle)

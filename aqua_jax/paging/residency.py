@@ -76,10 +76,6 @@ class Residency:
         """Pool pages that come free when outward moves end, and not before."""
         return self._pool.leaving
 
-    def pins(self, page: PageHandle) -> int:
-        """References to a page that end with outward moves."""
-        return self._pool.pins(page)
-
     def arriving(self, owner: Hashable) -> bool:
         """Whether pages of the owner are still being copied in."""
         return owner in self._awaited
@@ -201,10 +197,13 @@ class Residency:
         self.counters.departures += 1
         self.counters.tokens_held += tokens
         self._turn += 1
-        size, keep = self._pool.page_tokens, self._pool.keep
+        size, keep, turn = self._pool.page_tokens, self._pool.keep, self._turn
         for stored, page in zip(self._backed[owner], pages, strict=False):
-            self._settle_home(stored, page, min(size, tokens))
-            keep(page, self._turn)
+            if stored.home == page and self._by_page.get(page) is stored:  # as it is for most
+                stored.home_tokens = min(size, tokens)
+            else:
+                self._settle_home(stored, page, min(size, tokens))
+            keep(page, turn)
             tokens -= size
         release_all(self._pool, pages)
 

@@ -110,8 +110,9 @@ class Holdings:
           SequenceStateError: there are not so many pages.
         """
         pool = self.pool
+        retain = pool.retain
         for page in found.shared:  # before allocating, which may evict what nobody holds
-            pool.retain(page)
+            retain(page)
         fresh = pool.allocate(pool.pages_for(sequence.total_len) - len(found.shared))
         if fresh is None:
             raise SequenceStateError(f"{sequence}: pages changed during a plan")
@@ -202,17 +203,17 @@ class Holdings:
         """Each of `victims`, and the pages that come free as it gives way, in this order, one after
         another; those of `spared` stay."""
         kept, released = set(spared), dict[PageHandle, int]()
-        references, pins = self.pool.references, self.pins
+        holders = self.pool.holders
         for victim in victims:
             gain = 0
             for page in victim.pages:
                 released[page] = gone = released.get(page, 0) + 1
-                gain += references(page) - pins(page) == gone and page not in kept
+                gain += holders(page) == gone and page not in kept
             yield victim, gain
 
     def pins(self, page: PageHandle) -> int:
         """References to a page that copies to a store hold."""
-        return 0 if self.residency is None else self.residency.pins(page)
+        return self.pool.pins(page)
 
     def register(self, sequence: Sequence) -> None:
         """Makes pages findable that are full of tokens known here and dispatched there."""

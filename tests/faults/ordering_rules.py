@@ -147,7 +147,6 @@ def no_pins(patch: Patch, inward: bool) -> None:
     patch(Residency, "_finish", unpinned(Residency._finish))
     if not inward:
         patch(Residency, "leaving", property(lambda self: 0))
-        patch(Residency, "pins", lambda self, page: 0)
 
 
 def sources_of_this_step(patch: Patch) -> None:
