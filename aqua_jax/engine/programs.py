@@ -267,6 +267,13 @@ class Programs:
         return compiled
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
+        function, args, donated = self._program(key)
+        return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+
+    def _program(
+        self, key: tuple
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]:
+        """A program's function, the shapes of its arguments, and which of them it consumes."""
         spec, shards = self._spec, self.shards
         hidden_size = self._hidden_size
         function: Callable[..., Any]
@@ -301,7 +308,7 @@ class Programs:
         if shards is not None:
             inputs = jax.tree.map(lambda shape: shape.sharding.spec, args)
             function = shards.over(function, inputs, outputs)
-        return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+        return function, args, donated
 
     def _shape(
         self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.int32,

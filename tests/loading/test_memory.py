@@ -37,7 +37,10 @@ def pack(name, value):  # copies as a packed layout does
     return np.array(value, order="C") if value.ndim == 2 else value
 
 before = status("VmRSS")
-model = load(sys.argv[1], dtype=sys.argv[2], transform=pack if sys.argv[3] == "pack" else None)
+model = load(
+    sys.argv[1], dtype=sys.argv[2], transform=pack if sys.argv[3] == "pack" else None,
+    tensor_parallel=int(sys.argv[4]),
+)
 jax.block_until_ready(model.params)
 size = sum(value.nbytes for value in model.params.values())
 largest = max(value.nbytes for value in model.params.values())
@@ -72,10 +75,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "transform"), [("bfloat16", "none"), ("bfloat16", "pack"), ("float32", "pack")]
+    ("dtype", "transform", "devices"),
+    [("bfloat16", "none", 1), ("bfloat16", "pack", 1), ("float32", "pack", 1),
+     ("bfloat16", "none", 2)],
 )
-def test_peak_memory(large: pathlib.Path, dtype: str, transform: str) -> None:
-    found = json.loads(run_python(_MEASURE, str(large), dtype, transform))
+def test_peak_memory(large: pathlib.Path, dtype: str, transform: str, devices: int) -> None:
+    found = json.loads(run_python(_MEASURE, str(large), dtype, transform, str(devices)))
     assert found["size"] > (280 if dtype == "bfloat16" else 560) * MIB
     # The promise is 500 MiB beyond model and largest tensor; loading itself keeps within 100.
     assert found["peak"] <= found["size"] + found["largest"] + 100 * MIB, found

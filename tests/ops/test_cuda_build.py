@@ -30,6 +30,7 @@ from aqua_jax.ops import library
 from aqua_jax.ops.attention import paged_attention
 from aqua_jax.ops.pages import copy_pages
 from aqua_jax.ops.spaces import SPACE_WORDS, Spaces
+from aqua_jax.parallel.shards import HEADS, Shards
 from tests.ops.attention_data import BF16, make_case
 
 LIBRARY = pathlib.Path(library.__file__).parents[1] / "_lib" / "libaqua_cuda.so"
@@ -228,6 +229,34 @@ def test_the_forward_step_lowers(deterministic, spaces, for_cuda):
     assert all((table in line) == (spaces is not None) for line in found)
     assert "layer = 2 : i64" in found[-1]
     assert f"deterministic = {str(deterministic).lower()}" in found[-1]
+
+
+def test_the_step_of_several_devices_lowers(for_cuda):
+    """The same calls on each one's heads; sums meet twice a layer and once for the embedding."""
+    model = ModelConfig("llama", 512, 256, 512, LAYERS, 4, 2, 64, 1024)
+    shards = Shards(model, 2)
+    graphdef, shapes = abstract_decoder(shards.part, jnp.bfloat16)
+    params = {
+        name: jax.ShapeDtypeStruct(
+            shape.shape if shards.cuts(name) is None else (2 * shape.shape[0], *shape.shape[1:]),
+            shape.dtype, sharding=shards.sharding(shards.spec(name)),
+        )
+        for name, shape in shapes.items()
+    }
+    kv = jax.ShapeDtypeStruct(
+        (32, LAYERS, 2, 16, 2, 64), jnp.bfloat16, sharding=shards.sharding(HEADS)
+    )
+    buckets = BucketTable.build(TOKENS, SEQUENCES, deterministic=False, skips_padding=False)
+    spec = StepSpec(SEQUENCES, 64, buckets, 1024, False, False, "ffi", 64, MOVES)
+    function, args, donated = Programs(graphdef, params, kv, spec, shards=shards)._program(
+        ("forward", TOKENS)
+    )
+    module = exported(function, *args, donate=donated)
+    found = calls(module)
+    names = [re.search(r"@(aqua_\w+)", line)[1] for line in found]
+    assert names == ["aqua_enqueue_moves", "aqua_copy_pages", *["aqua_attention"] * LAYERS]
+    assert all(is_in_place(line) and "tensor<32x3x2x16x1x64xbf16>" in line for line in found)
+    assert module.count("all_reduce") >= 2 * LAYERS + 1
 
 
 def test_shapes_without_a_kernel_fall_back(for_cuda):

@@ -55,13 +55,18 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_engine_matches_transformers(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [*((name, 1) for name in FAMILIES), ("llama_biases", 2), ("qwen3_tied_bias", 2),
+     ("llama_mqa", 2)],
+)
+def test_engine_matches_transformers(name, devices, tmp_path):
     hf_model = make_hf_model(name)
     save_model(hf_model, tmp_path)
     config = EngineConfig(
         model=str(tmp_path), dtype="float32", page_tokens=4, max_chunk_tokens=13,
         max_step_tokens=16, max_num_seqs=4, kv_cache_tokens=400, warmup="none",
+        tensor_parallel=devices,
     )
     generator = np.random.default_rng(1)
     with Engine(config) as engine:
