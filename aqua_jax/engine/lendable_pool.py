@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import jax
 from absl import logging
@@ -25,6 +26,9 @@ from aqua_jax.ops.moves import Segment
 from aqua_jax.ops.spaces import Space
 from aqua_jax.paging.pages import Evictable
 from aqua_jax.paging.withdrawal import WithdrawablePool
+
+if TYPE_CHECKING:
+    from aqua_jax.memory.client import Client
 
 # Extents: so many, or more where they would be larger than this.
 _EXTENTS, _LARGEST = 16, 256 << 20
@@ -126,6 +130,11 @@ class LendablePool:
             "%d of %d pages may be lent, in extents of %d",
             pages - found.reserve, pages, found.extent_pages,
         )
+
+    @property
+    def client(self) -> Client:
+        """The connection to the coordinator."""
+        return self._producer.client
 
     def pages(self, page_tokens: int, evictable: Evictable) -> WithdrawablePool:
         """The allocator of these pages."""

@@ -161,7 +161,9 @@ def _build(
         opened.callback(lent.close)
     own_pages = num_pages if lent is None else lent.split.reserve  # those of the array
     # Before the programs are compiled: a lender that can't be reached is known at once.
-    tiers = open_tiers(config, attention, num_pages, page_bytes)
+    tiers = open_tiers(
+        config, attention, num_pages, page_bytes, None if lent is None else lent.client
+    )
     opened.callback(tiers.close)
     spec = spec_for(own_pages, tiers.usable)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import logging
 
@@ -17,8 +18,12 @@ from aqua_jax.engine.pager import OwnedStore
 from aqua_jax.errors import AquaError, ConfigError
 from aqua_jax.memory import sources
 from aqua_jax.memory.arena import available_memory
+from aqua_jax.memory.sources import LeaseSource
 from aqua_jax.memory.stores import HostStore
 from aqua_jax.ops import library, pinning
+
+if TYPE_CHECKING:
+    from aqua_jax.memory.client import Client
 
 # Own memory by default: so many pools, but no more than one part in _HOST_SHARE of what is there.
 _HOST_FACTOR, _HOST_SHARE = 4, 4
@@ -46,7 +51,10 @@ class Tiers:
             self.borrowing.close()
 
 
-def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int) -> Tiers:
+def open_tiers(
+    config: EngineConfig, attention: str, pages: int, page_bytes: int,
+    client: Client | None = None,
+) -> Tiers:
     """Opens what the configuration asks for.
 
     Args:
@@ -54,6 +62,8 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
       attention: the implementation in use.
       pages: of the pool.
       page_bytes: of one page in the pool, and so of a slot.
+      client: by which the engine lends, if it does; where it borrows at the same coordinator it
+        is not lent its own memory.
 
     Raises:
       ConfigError: nobody answers at the peer's socket, or memory that was asked for isn't there.
@@ -69,7 +79,7 @@ def open_tiers(config: EngineConfig, attention: str, pages: int, page_bytes: int
         stores: list[OwnedStore] = []
         borrowing = None
         if config.peer:
-            borrowing = _peer(config, page_bytes)
+            borrowing = _peer(config, page_bytes, client)
             opened.callback(borrowing.close)
             stores += borrowing.open()
             if not stores:
@@ -123,14 +133,18 @@ def _host(config: EngineConfig, pages: int, page_bytes: int) -> HostStore | None
         raise ConfigError("host_kv_memory", size, error.allowed) from error
 
 
-def _peer(config: EngineConfig, page_bytes: int) -> Borrowing:
+def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borrowing:
     limit = config.peer_kv_memory
     if limit is not None and limit < page_bytes:
         raise ConfigError(
             "peer_kv_memory", limit, f"at least a page: {page_bytes} bytes for this model"
         )
+    source: LeaseSource
     try:
-        source = sources.connect(config.peer, name="aqua-jax", unit=page_bytes)
+        if client is not None and config.peer == config.coordinator:
+            source = sources.CoordinatorSource(config.peer, unit=page_bytes, client=client)
+        else:
+            source = sources.connect(config.peer, name="aqua-jax", unit=page_bytes)
     except AquaError as error:
         raise ConfigError(
             "peer", config.peer, "the socket of a lender or a coordinator that runs (aqua-jax "

@@ -70,6 +70,11 @@ class Producer:
         self._thread.start()
 
     @property
+    def client(self) -> Client:
+        """The connection, for whoever borrows there as well: its own memory isn't lent to it."""
+        return self._client
+
+    @property
     def connected(self) -> bool:
         """Whether the coordinator is there."""
         return self._client.connected

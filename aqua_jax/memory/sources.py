@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from socket import SOCK_SEQPACKET
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aqua_jax.coordinator import sockets
 from aqua_jax.errors import LenderError
 from aqua_jax.memory.arena import PAGE
 from aqua_jax.memory.borrower import Borrower
 from aqua_jax.memory.lease import Lease
+
+if TYPE_CHECKING:
+    from aqua_jax.memory.client import Client
 
 # Smaller leases aren't worth a mapping.
 LEAST = 1 << 20
@@ -122,7 +125,8 @@ class CoordinatorSource:
     """
 
     def __init__(
-        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE,
+        client: Client | None = None,
     ) -> None:
         """
         Args:
@@ -130,11 +134,12 @@ class CoordinatorSource:
           name: shown in the coordinator's status, and in its quotas.
           timeout_s: for each question to the coordinator.
           unit: bytes that must be in one piece to be of use.
+          client: connected there, the caller's; what it lends is not borrowed. None: one's own.
         """
         from aqua_jax.memory.client import Client  # gRPC, which a lender alone doesn't need
 
-        self._unit = unit
-        self._client = Client(path, name=name, timeout_s=timeout_s)
+        self._unit, self._shared = unit, client is not None
+        self._client = client or Client(path, name=name, timeout_s=timeout_s)
 
     def borrow(self, size: int) -> Sequence[Lease]:
         """Leases of at most `size` bytes in all, as much as there is and the quota allows.
@@ -149,8 +154,12 @@ class CoordinatorSource:
         return self._client.borrow(size, unit=unit, pieces=PIECES, minimum=least) or ()
 
     def close(self) -> None:
-        """Gives every lease back and ends the connection; may be repeated."""
-        self._client.close()
+        """Gives every lease back and ends the connection, if it is its own; may be repeated."""
+        if not self._shared:
+            self._client.close()
+            return
+        for loan in self._client.loans:
+            loan.close()
 
 
 def connect(

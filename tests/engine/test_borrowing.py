@@ -298,3 +298,40 @@ def test_a_lender_that_has_been_started_again_is_borrowed_from_again(folder, exp
                 check_nothing_in_use(engine.stats())
                 engine.close()
     wait_for(lambda: left() == [], "connections end")
+
+
+def test_two_engines_lend_to_each_other_and_neither_to_itself(folder, expected):
+    """Both lend what they don't need and borrow at the same coordinator."""
+    path = new_name()
+    settings: dict = {
+        "peer": path, "coordinator": path, "lend": "auto", "lend_hold_s": 0.0, "lend_bandwidth": 0,
+        "lend_deadline_s": 0.5, "host_kv_memory": 0, "kv_cache_tokens": 64 * 16,
+        "lend_kv_memory": 48 * PAGE_BYTES, **SLICES,
+    }
+    with coordinator(path, "--term_s=5", "--metrics_port=0") as running, leftovers() as left:
+        with tight(folder, **settings) as first:
+            wait_for(lambda: first.tend() or first.stats()["lending"]["lent"] > 0, "it lends")
+            time.sleep(0.5)  # it has asked for memory several times meanwhile
+            first.tend()
+            assert lenders(first) == {} and running.held() == 0
+            with tight(folder, **settings) as second:
+                both = (first, second)
+
+                def tend() -> None:
+                    for engine in both:
+                        engine.tend()
+
+                for engine in both:
+                    wait_for(lambda: tend() or all(map(lenders, both)), "each borrows of the other")
+                    # Under load it takes back what the other one has, and pages into the other.
+                    begin(engine)
+                    last: dict = {}
+                    end = time.monotonic() + 60
+                    while engine.has_unfinished():
+                        last |= {output.request_id: output for output in engine.step()}
+                        tend()
+                        assert time.monotonic() < end
+                    assert finish(engine, last) == expected
+                    check_nothing_in_use(engine.stats())
+                    assert engine.stats()["lending"]["pages_back"] > 0
+    wait_for(lambda: left() == [], "connections end")
