@@ -31,21 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 def tree_seconds(root: int) -> float:
     """Processor time of a process and all below it."""
-    tick, parents, spent = os.sysconf("SC_CLK_TCK"), {}, {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                text = pathlib.Path(f"/proc/{name}/stat").read_text()
-                fields = text.rpartition(")")[2].split()
-                parents[int(name)] = int(fields[1])
-                spent[int(name)] = (int(fields[11]) + int(fields[12])) / tick
+    from aqua_jax.bench.memory import process_tree
 
-    def below(pid: int) -> bool:
-        while pid and pid != root:
-            pid = parents.get(pid, 0)
-        return pid == root
-
-    return sum(seconds for pid, seconds in spent.items() if below(pid))
+    ticks = 0
+    for pid in process_tree(root):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -161,7 +161,10 @@ def run(flags: FlagSet) -> int:
             raise DependencyError("`top` needs rich: pip install 'aqua-jax[top]'")
         _show(watcher, state, flags.interval_s)
     except OSError as error:
-        print(f"aqua-jax top: {flags.url}: {error}", file=sys.stderr)
+        why = str(error)
+        if error.strerror:  # the system's, not an answer
+            why = f"{error.strerror}; is `aqua-jax serve` running there?"
+        print(f"aqua-jax top: {flags.url}: {why}", file=sys.stderr)
         return 2
     finally:
         watcher.close()

@@ -159,6 +159,6 @@ def test_once_prints_one_look(tmp_path, capsys):
         assert cli.main([*asked, f"--api_key_file={tmp_path / 'keys'}"]) == 0
         assert "0 running" in capsys.readouterr().out
     assert cli.main(asked) == 2
-    assert served.url in capsys.readouterr().err
+    assert f"{served.url}: Connection refused; is `aqua-jax serve`" in capsys.readouterr().err
     assert cli.main(["top", "--url=ftp://x"]) == 2
     assert "http://HOST:PORT" in capsys.readouterr().err
