@@ -182,7 +182,9 @@ class EngineConfig:
     # Bytes of own memory for pages that gave way; 0: none; None: four times the pool, but at most a
     # quarter of what is available.
     host_kv_memory: int | None = None
-    peer: str = ""  # socket of a lender or a coordinator: lent memory is used first; "": none
+    # Socket of a lender or a coordinator, or cuda:N for a GPU that nobody uses: this memory is used
+    # first; "": none.
+    peer: str = ""
     peer_kv_memory: int | None = None  # bytes to borrow there at most; None: all that is lent
     verify_pages: bool = False  # checksums on every page that comes back
     platform: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the best that jax finds
@@ -271,7 +273,10 @@ class EngineConfig:
             f"0 or null with policy {self.policy}, which recomputes; bytes with "
             + ", ".join(SWAPPING),
         )
-        check(isinstance(self.peer, str), "peer", "a socket of a lender or a coordinator, or empty")
+        check(
+            isinstance(self.peer, str), "peer",
+            "a socket of a lender or a coordinator, cuda:N, or empty",
+        )
         check(
             not self.peer or self.swaps, "peer",
             f"empty with policy {self.policy}, which recomputes; a lender's socket with "

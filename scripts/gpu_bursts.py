@@ -223,7 +223,7 @@ def transformers(platform: str, out: Out) -> None:
     directory = model_directory(SIZES[platform].small)
     kind = getattr(torch, SIZES[platform].dtype)
     shape = AutoConfig.from_pretrained(directory)
-    shape._attn_implementation = "sdpa_paged"
+    shape._attn_implementation = "paged|sdpa"
     # Before jax has taken its share of the GPU.
     with torch.device(platform):
         model = AutoModelForCausalLM.from_config(shape, dtype=kind).eval()

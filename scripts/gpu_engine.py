@@ -106,10 +106,11 @@ def model_directory(name: str) -> str:
 
 
 def config(platform: str, model: str, **fields: Any) -> EngineConfig:
-    """An engine's configuration with random weights; no cache of programs but a given one."""
+    """An engine's configuration with random weights; on a CPU with few programs to compile."""
+    few = {"max_step_tokens": 64, "max_num_seqs": 8} if platform == "cpu" else {}
     return EngineConfig(**{
         "model": model_directory(model), "load_format": "dummy", "platform": platform,
-        "dtype": SIZES[platform].dtype, "prefix_caching": False, **fields,
+        "dtype": SIZES[platform].dtype, "prefix_caching": False, **few, **fields,
     })
 
 
@@ -182,7 +183,10 @@ class Steps:
         ))
         stats = self._engine.stats()
         out.row(what="engine ready", seconds=time.perf_counter() - started, **stats["startup"],
-                memory_mib={name: round(n / 2**20) for name, n in stats["memory"].items()},
+                memory_mib={
+                    name: round(n / 2**20) for name, n in stats["memory"].items()
+                    if isinstance(n, int)
+                },
                 implementations=stats["implementations"])
         model = self._engine.model_config
         itemsize = 2 if size.dtype == "bfloat16" else 4
@@ -264,16 +268,15 @@ class Steps:
         """Steps while pages go out to `memory` and others come in, as fast as they can."""
         engine, batch = self._engine, self._size.batches[-1]
         names = self._fill(batch)
-        pager, runner = engine._pager, engine._runner
-        assert pager is not None
-        pool = pager._pool
+        runner = engine._runner
+        pool = moves.MovePool.of(runner._kv)
         count = min(self._size.paged // pool.page_bytes, 500)
         handles = engine._pool.allocate(2 * count)
         assert handles is not None, "the pool has room for them by its size"
         ids = [handle.id for handle in handles]
         moved, under_way = 0, np.zeros(0, np.uint64)
         try:
-            with moves.Segment(memory) as segment:
+            with moves.Segment(memory) as segment, pool:
 
                 def hand_over() -> None:
                     nonlocal moved, under_way

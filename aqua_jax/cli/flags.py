@@ -114,8 +114,9 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
         )
         flags.string(
             "peer", "", "Socket of a process that lends memory (aqua-jax lend --listen=PATH), or "
-            "of a coordinator that knows several (aqua-jax coordinator --socket=PATH): their "
-            "memory is used before our own; not with --policy=fcfs.", "PATH",
+            "of a coordinator that knows several (aqua-jax coordinator --socket=PATH), or cuda:1 "
+            "for memory of a GPU that nobody uses: it is used before our own; not with "
+            "--policy=fcfs.", "PATH",
         )
         flags.size(
             "peer_kv_memory", None, "Memory to borrow there at most; default: all that is lent."

@@ -32,6 +32,7 @@ from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
+from aqua_jax.ops import pinning
 from aqua_jax.ops.moves import Part, Segment, Status
 from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Move, Shift, Store
@@ -128,7 +129,7 @@ class Pager:
         self._copies = PoolCopies(kv, devices, spaces)
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
-        self._shifter = Shifter()
+        self._shifter = Shifter(pinning.copier())
         self._calm_at = 0.0  # on time.monotonic(): from then on copies may climb
         self._token_bytes = self._copies.page_bytes // kv.shape[3]  # in all layers
         self._climb = max(1, _CLIMB_BYTES // self._copies.page_bytes)

@@ -14,6 +14,7 @@ from absl import logging
 
 from aqua_jax.config import EngineConfig
 from aqua_jax.engine.borrowing import Borrowing
+from aqua_jax.engine.device_peer import DeviceSource, gpu_of
 from aqua_jax.engine.pager import OwnedStore
 from aqua_jax.errors import AquaError, ConfigError
 from aqua_jax.memory import sources
@@ -139,6 +140,9 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
         raise ConfigError(
             "peer_kv_memory", limit, f"at least a page: {page_bytes} bytes for this model"
         )
+    gpu = gpu_of(config.peer)
+    if gpu is not None:
+        return Borrowing(DeviceSource(config.peer, gpu), limit, page_bytes, config.page_tokens)
     source: LeaseSource
     try:
         if client is not None and config.peer == config.coordinator:

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Protocol
 
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import StaleHandleError, StoreError
-from aqua_jax.memory.arena import Arena
+
+
+class LeasedRange(Protocol):
+    """What a lease needs of its memory; `memory.arena.Arena` for the host's."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def address(self) -> int:
+        """Where it starts, for whoever copies."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """A copy of `size` bytes."""
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Copies `data` in."""
+
+    def disconnect(self, offset: int, size: int) -> None:
+        """What lies there is the lender's again."""
+
+    def close(self) -> None:
+        """Unmaps it."""
 
 
 class Lease:
@@ -31,7 +59,7 @@ class Lease:
     """
 
     def __init__(
-        self, arena: Arena, generation: int, release: Callable[[Lease, int, int], None],
+        self, arena: LeasedRange, generation: int, release: Callable[[Lease, int, int], None],
         closed: Callable[[Lease], None] = lambda lease: None,
     ) -> None:
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -27,6 +28,10 @@ def _native() -> ctypes.CDLL | None:
         function.restype = ctypes.c_char_p
         function.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint64]
     native.aqua_host_pinned.restype = ctypes.c_uint64
+    native.aqua_host_copy.restype = ctypes.c_char_p
+    native.aqua_host_copy.argtypes = [
+        ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64
+    ]
     return native
 
 
@@ -67,6 +72,24 @@ def pins() -> HostPins | None:
     if library.platform() != "cuda" or _native() is None:
         return None
     return HostPins()
+
+
+def copier() -> Callable[[int, int, int], None] | None:
+    """(to, from, bytes): a copy between addresses of the host or a GPU, which waits for its end.
+
+    None where a plain memcpy does.
+    """
+    if pins() is None:
+        return None
+    native, device = _native(), jax.local_devices()[0].local_hardware_id or 0
+    assert native is not None
+
+    def copy(to: int, source: int, nbytes: int) -> None:
+        why = native.aqua_host_copy(device, to, source, nbytes)
+        if why is not None:
+            raise ArenaError(f"a copy of {nbytes} bytes between stores: {why.decode()}")
+
+    return copy
 
 
 def pinned_bytes() -> int:

@@ -40,4 +40,22 @@ const char* aqua_host_unpin(int32_t device, void* base, uint64_t bytes) {
   return nullptr;
 }
 
+const char* aqua_host_copy(int32_t device, void* to, const void* from, uint64_t bytes) {
+  const aqua::cuda::OnDevice on(device);
+  if (on.status() != cudaSuccess) return text_of(on.status());
+  // One for each thread that copies between stores, which is one an engine.
+  thread_local cudaStream_t stream = nullptr;
+  thread_local int stream_device = -1;
+  cudaError_t error = cudaSuccess;
+  if (stream == nullptr || stream_device != device) {
+    error = cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0);
+    if (error != cudaSuccess) return stream = nullptr, text_of(error);
+    stream_device = device;
+  }
+  error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream);
+  const cudaError_t ended = cudaStreamSynchronize(stream);
+  if (error == cudaSuccess) error = ended;
+  return error == cudaSuccess ? nullptr : text_of(error);
+}
+
 uint64_t aqua_host_pinned() { return pinned_bytes.load(std::memory_order_relaxed); }

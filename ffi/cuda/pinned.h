@@ -16,6 +16,10 @@ const char* aqua_host_pin(int32_t device, void* base, uint64_t bytes);
 // Undoes one aqua_host_pin of the same piece. No copy may be under way in it. Null, or why not.
 const char* aqua_host_unpin(int32_t device, void* base, uint64_t bytes);
 
+// Copies between any two addresses, the host's or a GPU's, and waits; on a stream that no other work
+// waits for. Null, or why not.
+const char* aqua_host_copy(int32_t device, void* to, const void* from, uint64_t bytes);
+
 // Bytes that are pinned by these calls now.
 uint64_t aqua_host_pinned();
 }

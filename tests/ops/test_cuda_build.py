@@ -42,7 +42,7 @@ FUNCTIONS = (
     "aqua_moves_set_delay", "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create",
     "aqua_arena_import", "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum",
     "aqua_arena_topology", "aqua_arena_memory", "aqua_host_pin", "aqua_host_unpin",
-    "aqua_host_pinned",
+    "aqua_host_pinned", "aqua_host_copy",
 )
 LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
 LOAD = """
