@@ -120,6 +120,7 @@ class _Slots:
     """Slots of one size over a range: the bookkeeping that stores share."""
 
     pace: Pace | None = None  # of copies to and from it, if its lender has said so
+    growing = False  # it may have room in a moment
 
     def __init__(self, name: str, memory_bytes: int, slot_bytes: int, page_tokens: int) -> None:
         if slot_bytes < 1 or slot_bytes > memory_bytes:
@@ -305,6 +306,11 @@ class HostStore(_Slots):
         if self._usable < self._capacity:
             self._look_at_growth()
         return len(self._free)
+
+    @property
+    def growing(self) -> bool:  # type: ignore[override]
+        """Whether the system may have more memory for it."""
+        return self._usable < self._capacity
 
     def _look_at_growth(self) -> None:
         if not self._memory.tend(len(self._free) * self.slot_bytes):

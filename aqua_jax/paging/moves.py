@@ -67,6 +67,10 @@ class Store(Protocol):
         """See the class."""
 
     @property
+    def growing(self) -> bool:
+        """Whether it may have room in a moment, though it has none now."""
+
+    @property
     def capacity(self) -> int:
         """Slots there are now, free or in use."""
 

@@ -130,7 +130,11 @@ class Reclaim:
         self, store: Any, slots: Sequence[StoreSlot], wanted: int, copy: Copy
     ) -> None:
         highest = store.capacity - wanted - 1  # the highest slot that can't go yet
-        for slot in slots:  # highest first
+        growing = any(other.growing for other in self._tiers)
+        # Highest first; but what there is no room for is better the end of a sequence than its
+        # beginning, without which the rest is of no use, and beginnings lie lower.
+        room = sum(other.free_slots for other in self._tiers if not other.lost)
+        for slot in slots if room >= len(slots) else reversed(slots):
             stored = self._tiers.at(store, slot)
             if (store, slot.id) in self._pinned:
                 highest = max(highest, slot.id)
@@ -143,7 +147,7 @@ class Reclaim:
             elif place := self._refuge(stored):
                 highest = max(highest, slot.id)
                 self._begin(stored, place, copy)
-            elif self._books.held_back(stored):
+            elif self._books.held_back(stored) or (growing and not store.pressed):
                 highest = max(highest, slot.id)
             else:
                 self._books.counters.dropped += 1

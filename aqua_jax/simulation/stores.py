@@ -24,6 +24,7 @@ class SlotStore:
             raise ConfigError("capacity", capacity, "at least one slot of at least one byte")
         self.name, self.slot_bytes = name, slot_bytes
         self.pace: Pace | None = None
+        self.growing = False
         self.peak = 0
         self._capacity = capacity
         self._generations = [0] * capacity
