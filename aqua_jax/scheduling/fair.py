@@ -390,7 +390,7 @@ class Fair:
         )
         chunk = limits.max_chunk_tokens or limits.max_step_tokens
         return waiting_bound(load, Machine(
-            concurrent=max(1, min(limits.max_num_seqs, pool.num_pages // pool.pages_for(longest))),
+            concurrent=max(1, min(limits.max_num_seqs, pool.certain // pool.pages_for(longest))),
             prefill_tokens=min(chunk, limits.max_step_tokens - limits.max_num_seqs + 1),
             slice_steps=steps, credit_share=config.credit_share, early_turns=self._early_turns,
             switch_share=slices.recompute_share if slices.slice_steps == "auto" else None,

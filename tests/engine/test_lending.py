@@ -286,11 +286,14 @@ def test_lending_on_and_off_at_random_changes_no_answer(tmp_path, seed) -> None:
             tmp_path, lend="auto", coordinator=path, lend_kv_memory=48 * 8192, lend_hold_s=0.0,
             lend_deadline_s=0.5, **settings,
         )
-        with garbage_borrower(path, 1), garbage_borrower(path, 2), engine:
+        with garbage_borrower(path, 1) as one, garbage_borrower(path, 2) as two, engine:
             lender, pool = engine._lender, engine._pool
             assert lender is not None
             # As if need changed all the time: also where pages are in use.
             lender._informer.decide = lambda now, load: rng.randrange(0, 49)
+            slots, moved = engine._runner._slots, []
+            refill = slots.refill
+            slots.refill = lambda slot: (moved.append(slot), refill(slot))
             rounds = 0
             while rounds < 3 or lender.counters.extents_back < 40:
                 lender._next = 0.0
@@ -299,6 +302,8 @@ def test_lending_on_and_off_at_random_changes_no_answer(tmp_path, seed) -> None:
                 assert rounds < 40, lender.stats()
             assert pool.in_use == 0 and engine.stats()["compiles_after_warmup"] == 0
             assert lender.counters.extents_lent >= 40
+            assert one.ask("spoiled") == two.ask("spoiled") == "0"
+            assert moved, "no sequence has been moved off pages that are lent"
             # And what was lent comes back in the end, all of it.
             lender._informer.decide = lambda now, load: 0
             wait_for(lambda: engine.tend() or pool.away == 0, "everything is back")

@@ -1,4 +1,5 @@
-"""A process that borrows of a coordinator and writes nonsense over it, till the last moment."""
+"""A process that borrows of a coordinator and writes nonsense over it, till the last moment; and
+notices when anybody else does."""
 
 from __future__ import annotations
 
@@ -14,17 +15,26 @@ from aqua_jax.memory.client import Client
 rng = random.Random(int(sys.argv[2]))
 client = Client(sys.argv[1], name="garbage")
 loans = []
+wrote = {}  # by generation: the byte that is everywhere
+spoiled = 0
 stop = threading.Event()
 
 def work():
+    global spoiled
     while not stop.is_set():
         for loan in list(loans):
             if loan.closed or not loan.held.total:
                 loan.close()
                 loans.remove(loan)
                 continue
+            size = loan.held.total
+            # Zeroed when it was lent; nobody else may have written since.
+            before = bytes([wrote.get(loan.generation, 0)]) * size
+            if loan.alive and loan.read(0, size) != before and loan.alive:
+                spoiled += 1
             # All ones are not a number in every floating point format.
-            loan.write(0, bytes([rng.choice([0, 127, 255, 255])]) * loan.held.total)
+            byte = wrote[loan.generation] = rng.choice([0, 127, 255, 255])
+            loan.write(0, bytes([byte]) * size)
             wanted = loan.wanted_back
             if wanted or rng.random() < 0.02:
                 part = wanted or loan.held.total
@@ -45,6 +55,8 @@ print("ready", flush=True)
 for line in sys.stdin:
     if line.strip() == "held":
         print(sum(loan.held.total for loan in list(loans) if not loan.closed), flush=True)
+    elif line.strip() == "spoiled":
+        print(spoiled, flush=True)
 stop.set()
 thread.join()
 client.close()

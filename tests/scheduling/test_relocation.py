@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aqua_jax.errors import RequestError
 from aqua_jax.paging.pages import LeastRecentlyUsed, PagePool, release_all
 from aqua_jax.paging.withdrawal import WithdrawablePool
+from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import FirstComeFirstServed
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
@@ -81,7 +84,7 @@ def shape(pages: int, rng: random.Random) -> tuple[int, int, int]:
 @given(
     case=without.cases(), policy=st.sampled_from(sorted(without.POLICIES)), seed=st.integers(0, 99)
 )
-@settings(max_examples=scaled(120), deadline=None)
+@settings(max_examples=scaled(60), deadline=None)
 def test_lending_changes_no_token(case: without.Case, policy: str, seed: int) -> None:
     rng = random.Random(seed)
     pool = WithdrawablePool(*shape(case.num_pages, rng), case.page_tokens)
@@ -106,7 +109,7 @@ def test_lending_changes_no_token(case: without.Case, policy: str, seed: int) ->
 
 
 @given(case=with_stores.cases(), seed=st.integers(0, 99))
-@settings(max_examples=scaled(120), deadline=None)
+@settings(max_examples=scaled(60), deadline=None)
 def test_lending_changes_no_token_while_pages_move_to_stores(
     case: with_stores.Case, seed: int
 ) -> None:
@@ -176,3 +179,15 @@ def test_without_room_nothing_moves_and_nobody_gives_way() -> None:
         assert pool.draining == 5
         engine.step()
     assert engine.scheduler.counters.preemptions == 0
+
+
+def test_nobody_is_promised_pages_that_may_be_lent() -> None:
+    bounds = []
+    for pool in (PagePool(8, 2), WithdrawablePool(8, 2, 4, 2), WithdrawablePool(8, 9, 4, 2)):
+        scheduler = Scheduler(SchedulerConfig(4, 64, 1000), Fair(FairConfig()), pool)
+        for index in range(6):
+            scheduler.add(Sequence(index, f"r{index}", [1] * 4, 8, arrival=0.0))
+        bounds.append(scheduler.waiting_bound())
+        with pytest.raises(RequestError, match="8 pages"):
+            scheduler.add(Sequence(9, "r9", [1] * 4, 18, arrival=0.0))
+    assert bounds[0] is not None and bounds[0] == bounds[1] == bounds[2]
