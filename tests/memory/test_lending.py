@@ -478,35 +478,3 @@ def test_nobody_there_is_a_typed_error(tmp_path):
         for size in (0, -1, 2**63, True, "1"):
             with pytest.raises(ProtocolError):
                 borrower.borrow(size)
-
-
-def test_room_for_a_batch_is_there_for_the_length_of_a_block():
-    path = new_name()
-    with leftovers() as left:
-        with Lender(8 * MIB, path, drain_s=1.0).start() as lender, Borrower(path) as borrower:
-            lease = borrower.borrow(6 * MIB)
-
-            def obey():
-                wait_for(lambda: lease.wanted_back)
-                lease.give_back(lease.held.total - lease.wanted_back, lease.wanted_back)
-
-            thread = threading.Thread(target=obey)
-            thread.start()
-            with lender.room(5 * MIB):
-                assert lender.grants.held == lease.held.total == 3 * MIB
-                # Its memory is the system's.
-                assert os.fstat(lender.arena.fd).st_blocks * 512 == 3 * MIB
-                assert borrower.borrow(PAGE) is None
-            thread.join()
-            wait_for(lambda: borrower.status()["free"] == 5 * MIB)
-            with pytest.raises(LenderError, match="keep 3145728 bytes"):
-                with lender.room(6 * MIB, timeout_s=0.05):
-                    raise AssertionError
-            wait_for(lambda: not lease.wanted_back, "all is lent as before")
-            with pytest.raises(ConfigError), lender.room(9 * MIB):
-                raise AssertionError
-            with pytest.raises(ZeroDivisionError), lender.room(MIB):
-                _ = 1 // 0
-            wait_for(lambda: borrower.status()["limit"] == 8 * MIB)
-        lender.close()
-    assert not left()
