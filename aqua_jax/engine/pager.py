@@ -307,12 +307,14 @@ class Pager:
         millisecond, and a sequence would sit out a whole step. `limit_s` must be well below what is
         left of that step: the device never waits for this. The time counts as `linger_s`.
         """
-        started = time.perf_counter()
+        started, nap = time.perf_counter(), _LONG_NAP_S
         while any(move.inward for move in self._under_way):
-            if time.perf_counter() - started >= limit_s:
+            left = limit_s - (time.perf_counter() - started)
+            if left <= 0.0:
                 break
-            time.sleep(min(_LONG_NAP_S, limit_s))
+            time.sleep(min(nap, left))
             self.poll()
+            nap *= 2.0  # so that looks, beside a step that wants the cores, stay few
         self.linger_s += time.perf_counter() - started
 
     def wait(self, timeout_s: float) -> int:
