@@ -63,6 +63,7 @@ class Burst:
 
 BURSTS = {"cuda": Burst(64, 256, 1024, 8 << 30, 1024), "cpu": Burst(6, 32, 32, 16 << 20, 32)}
 METRICS = ("ttft_p99_s", "ttft_p50_s", "output_tok_s", "tbt_p99_ms")
+BLOCK = 256  # tokens of a page in transformers
 SHARES = (2, 10)  # the pool holds one part in so many
 
 
@@ -216,26 +217,36 @@ def tensor(platform: str, out: Out) -> None:
 def transformers(platform: str, out: Out) -> None:
     """Tokens a second of both: the same prompts, lengths and shape, random weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    import transformers as library
 
     burst = BURSTS[platform]
     tokens = min(256, burst.output)
     directory = model_directory(SIZES[platform].small)
     kind = getattr(torch, SIZES[platform].dtype)
-    shape = AutoConfig.from_pretrained(directory)
+    shape = library.AutoConfig.from_pretrained(directory)
     shape._attn_implementation = "paged|sdpa"
     # Before jax has taken its share of the GPU.
     with torch.device(platform):
-        model = AutoModelForCausalLM.from_config(shape, dtype=kind).eval()
+        model = library.AutoModelForCausalLM.from_config(shape, dtype=kind).eval()
     prompts = make_prompts(platform, shape.vocab_size)
-    settings = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0,
-        use_cuda_graph=False,
+    # Room for all at once, as for us; by default it would take nearly all memory there is.
+    room = {
+        "num_blocks": burst.requests * (-(-(burst.prompt + tokens) // BLOCK) + 1),
+        "max_batch_tokens": burst.step_tokens,
+    }
+    more: dict[str, Any] = {}
+    if hasattr(library, "ContinuousBatchingConfig"):
+        more["continuous_batching_config"] = library.ContinuousBatchingConfig(
+            page_size=BLOCK, **room
+        )
+        room = {}
+    settings = library.GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, **room
     )
     times = []
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
-        made = model.generate_batch(inputs=prompts, generation_config=settings)
+        made = model.generate_batch(inputs=prompts, generation_config=settings, **more)
         times.append(time.perf_counter() - started)
     count = sum(len(one.generated_tokens) for one in made.values())
     out.row(what="transformers, continuous batching", requests=len(prompts), prompt=burst.prompt,

@@ -234,7 +234,7 @@ def jobs_of(platform: str, limit_s: float) -> list[Job]:
         Job("graphs", "the same without command buffers", timed(engine, "steps", 60), 60, json_rows,
             no_graphs),
         Job("startup", "start-up", timed(engine, "startup", 60), 60, json_rows, gpus=on),
-        Job("bursts", "bursts, pool cut", timed(bursts, "bursts", 140), 140, json_rows, gpus=on),
+        Job("bursts", "bursts, pool cut", timed(bursts, "bursts", 170), 170, json_rows, gpus=on),
         Job("transformers", "transformers on the same work", timed(bursts, "transformers", 70), 70,
             json_rows, third, gpus=on),
         Job("peer", "peer copies", (*measure, "peer"), 60, json_rows, gpus=2),

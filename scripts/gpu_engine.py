@@ -167,13 +167,16 @@ class Steps:
     def __init__(self, platform: str, out: Out) -> None:
         self._out, self._size, self._platform = out, SIZES[platform], platform
         size = self._size
+        # Six times the timed steps and their warm-up; the first of a batch begins long before
+        # the last, as many steps as there are prompts.
+        self._answer = 6 * (size.steps + 4) + 3 * size.batches[-1] + 16
         # Before the weights take their place.
         self._read = read_rate(size.read)
         self._matrix = matrix_rate(size.matrix, size.dtype)
         out.row(what="read rate (a sum)", gb_s=self._read / 1e9)
         out.row(what=f"product of {size.matrix} x {size.matrix}, {size.dtype}",
                 tflop_s=self._matrix / 1e12)
-        most, room = size.batches[-1], 6 * size.steps + 64
+        most, room = size.batches[-1], self._answer
         started = time.perf_counter()
         self._engine = Engine(config(
             platform, size.large, max_num_seqs=most, max_step_tokens=max(size.prompt, most),
@@ -211,8 +214,7 @@ class Steps:
         for index, name in enumerate(names):
             self._engine.add_request(
                 name, prompt(index, self._size.context, vocab),
-                SamplingParams(temperature=0.0, max_tokens=6 * self._size.steps + 64,
-                               ignore_eos=True),
+                SamplingParams(temperature=0.0, max_tokens=self._answer, ignore_eos=True),
             )
         until_decoding(self._engine, names)
         return names

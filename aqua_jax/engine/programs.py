@@ -22,6 +22,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -203,7 +204,7 @@ class Programs:
         return self._get(("moves",))
 
     def warm_up(self, level: str, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile ahead of time, two at a time.
+        """Compile ahead of time, several at a time where there are cores for it.
 
         Args:
           level: "none", "largest" (those with the largest peak of memory, to measure it),
@@ -226,7 +227,7 @@ class Programs:
                 for edits, logprobs in ((True, False), (False, True), (True, True))
             ]
             keys += [("prompt_logprobs", t) for t in reversed(buckets.tokens)]
-        with concurrent.futures.ThreadPoolExecutor(2, "aqua-compile") as pool:
+        with concurrent.futures.ThreadPoolExecutor(_compilers(), "aqua-compile") as pool:
             futures = [pool.submit(self._get, key) for key in keys]
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 future.result()
@@ -329,3 +330,8 @@ class Programs:
     def _tokens_of(self, vector: jax.Array) -> int:
         fixed = self._spec.forward_layout(0).size
         return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
+
+
+def _compilers() -> int:
+    """Programs to compile at a time: each has threads of its own for a part of the work."""
+    return max(2, min(8, len(os.sched_getaffinity(0)) // 2))
