@@ -94,7 +94,8 @@ class MemoryPlan:
             "limit": "XLA's allocator may take", "total": "the device has",
             "for_arenas": "left to arenas outside XLA",
         }
-        lines = [f"memory of {self.device} ({self.platform})"]
+        each = f", each of {len(self.shares)}" if len(self.shares) > 1 else ""
+        lines = [f"memory of {self.device} ({self.platform}{each})"]
         figures = self.as_dict()
         for name in [name for name in names if name in figures]:
             lines.append(f"  {names[name]:<28}{figures[name] / 2**20:>12,.1f} MiB")
