@@ -76,6 +76,11 @@ def define(flags: FlagSet) -> None:
             "slices", None, "Every policy with slices once for each of these numbers of steps; 0: "
             "no slices.", "N,N,...",
         )
+        flags.string(
+            "bars", None, "A policy of --policies: also show, at every TTFT p99 and longest gap "
+            "that it and another policy can both keep, what the cheapest setting of either moves.",
+            "POLICY",
+        )
         flags.integer("max_num_seqs", 256, "Most sequences in one step.", 1)
         flags.integer("max_step_tokens", 2048, "Most tokens in one step.", 1)
         flags.integer("max_model_len", 16384, "Longest prompt and answer; longer ones are cut.", 2)
@@ -105,8 +110,8 @@ def run(flags: FlagSet) -> int:
 
 def _run(flags: FlagSet) -> int:
     from aqua_jax.bench import plots
+    from aqua_jax.simulation import bars, report, setups
     from aqua_jax.simulation import plots as sweeps
-    from aqua_jax.simulation import report, setups
 
     folder = None
     if flags.plots is not None:
@@ -114,6 +119,8 @@ def _run(flags: FlagSet) -> int:
         folder = plots.prepare_folder(flags.plots)
     system = _system(flags)
     contestants = setups.expand(flags.policies.split(","), _integers(flags, "slices"))
+    if flags.bars is not None and flags.bars not in {one.policy for one in contestants}:
+        raise UsageError(f"flag --bars={flags.bars}: allowed: a policy of --policies")
     limits = setups.Limits(
         flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len, flags.tbt_slo_ms / 1e3,
         flags.prefix_caching,
@@ -154,6 +161,9 @@ def _run(flags: FlagSet) -> int:
         print(report.table(next(iter(points.values())), title), flush=True)
     else:
         print(report.sweep_table(points, title), flush=True)
+    if flags.bars is not None and not flags.json:
+        for name, results in points.items():
+            print(bars.table(results, flags.bars, f"At equal bars, {name}:"), flush=True)
     return 0
 
 

@@ -55,6 +55,15 @@ def test_recorded_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(capsys.readouterr().out)["points"]["1/s"]["fcfs"]["tokens"] == 150
 
 
+def test_bytes_at_equal_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    simulate(
+        "--policies=fair@peer,aqua_reference@peer", "--slices=5,40", "--request_rate=20",
+        "--kv_cache_tokens=4100", "--bars=fair",
+    )
+    out = capsys.readouterr().out
+    assert "At equal bars, 20/s:" in out and "fair moves no more than aqua_reference at" in out
+
+
 def test_pictures(tmp_path: Path) -> None:
     simulate("--policies=fcfs,vllm", f"--plots={tmp_path / 'one'}")
     assert (tmp_path / "one" / "cdf.png").stat().st_size > 5000
@@ -75,6 +84,7 @@ def test_pictures(tmp_path: Path) -> None:
     (["--request_rate=0"], "request_rate"),
     (["--workload=trace"], "trace"),
     (["--kv_cache_tokens=9"], "less than a page"),
+    (["--bars=vtc"], "a policy of --policies"),
 ])
 def test_wrong_flags_are_named(arguments: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):

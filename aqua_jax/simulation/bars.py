@@ -1,0 +1,99 @@
+"""Bytes at equal figures: what early first tokens and short pauses cost, by policy.
+
+Any policy moves less if it may let people wait longer, so bytes compare at equal service only. A
+*bar* is a TTFT p99 and a longest gap; of a policy's settings (steps of a slice, stores) an operator
+would take the one that moves least among those that keep the bar. Two policies are compared at all
+bars that both can keep: the later first token and the longer pause of a setting of the one and a
+setting of the other. Every other bar that both keep has the same cheapest settings as one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from aqua_jax.simulation.setups import parse_setup
+
+Results = Mapping[str, Mapping[str, float]]
+
+
+class Bar(NamedTuple):
+    """A bar, the cheapest setting of either policy that keeps it, and what each moves."""
+
+    ttft_p99_s: float
+    worst_gap_s: float
+    ours: str
+    theirs: str
+    our_bytes: float
+    their_bytes: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether ours moves no more."""
+        return self.our_bytes <= self.their_bytes
+
+
+def moved(one: Mapping[str, float]) -> float:
+    """Bytes out of the pool and back."""
+    return one["bytes_out"] + one["bytes_in"]
+
+
+def bars(results: Results, policy: str, rival: str) -> list[Bar]:
+    """All bars that a policy and a rival can both keep, tightest first; of those with the same
+    cheapest settings the tightest ones.
+
+    Args:
+      results: figures by setting, as `report.compare` has them.
+      policy, rival: of `setups.NAMES`.
+    """
+    ours, theirs = _settings(results, policy), _settings(results, rival)
+    corners = sorted({
+        (max(one["ttft_p99_s"], other["ttft_p99_s"]), max(one["worst_gap_s"], other["worst_gap_s"]))
+        for one in ours.values() for other in theirs.values()
+    })
+    found: list[Bar] = []
+    for ttft, gap in corners:
+        ours_at, theirs_at = _cheapest(ours, ttft, gap), _cheapest(theirs, ttft, gap)
+        bar = Bar(
+            ttft, gap, ours_at, theirs_at, moved(ours[ours_at]), moved(theirs[theirs_at])
+        )
+        looser = (one for one in found if one[2:] == bar[2:])
+        if not any(one.ttft_p99_s <= ttft and one.worst_gap_s <= gap for one in looser):
+            found.append(bar)
+    return found
+
+
+def _settings(results: Results, policy: str) -> Results:
+    return {name: one for name, one in results.items() if parse_setup(name).policy == policy}
+
+
+def _cheapest(settings: Results, ttft: float, gap: float) -> str:
+    keeping = [
+        name for name, one in settings.items()
+        if one["ttft_p99_s"] <= ttft and one["worst_gap_s"] <= gap
+    ]
+    return min(keeping, key=lambda name: moved(settings[name]))
+
+
+def table(results: Results, policy: str, title: str) -> str:
+    """A block per rival: a line per bar."""
+    rivals = dict.fromkeys(parse_setup(name).policy for name in results)
+    lines = [title]
+    for rival in rivals:
+        if rival == policy:
+            continue
+        found = bars(results, policy, rival)
+        good = sum(bar.kept for bar in found)
+        lines.append(
+            f"  {policy} moves no more than {rival} at {good} of {len(found)} bars that both keep"
+        )
+        lines.append(
+            f"    {'TTFT p99 s':>10} {'gap s':>8}   {'':<24}{'GB':>8}   {'':<28}{'GB':>8}"
+        )
+        lines += [
+            f"    {bar.ttft_p99_s:>10.3g} {bar.worst_gap_s:>8.3g}   {bar.ours:<24}"
+            f"{bar.our_bytes / 1e9:>8.4g}   {bar.theirs:<28}{bar.their_bytes / 1e9:>8.4g}"
+            f"{'' if bar.kept else '  more'}"
+            for bar in found
+        ]
+    return "\n".join(lines)
