@@ -52,7 +52,7 @@ from aqua_jax.ops import library
 if TYPE_CHECKING:
     from aqua_jax.ops.spaces import Spaces
 
-# One move; ffi/cpu/moves.h says what the fields mean.
+# One move; ffi/common/moves.h says what the fields mean.
 MOVE = np.dtype([
     ("flags", "<i4"), ("page", "<i4"), ("segment", "<i4"), ("generation", "<u4"),
     ("offset", "<u8"), ("begin", "<i4"), ("bytes", "<i4"), ("runs", "<i4"), ("stride", "<i4"),

@@ -1,5 +1,3 @@
-#include "moves.h"
-
 #include <pthread.h>
 #include <semaphore.h>
 #include <signal.h>
@@ -18,8 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "../common/moves_state.h"
 #include "moves_copy.h"
-#include "moves_results.h"
 
 namespace aqua {
 namespace {
@@ -29,12 +27,9 @@ using Clock = std::chrono::steady_clock;
 // Neighbours are copied as one up to this size: a status is at most this much late.
 constexpr uint64_t kGroupBytes = 4 << 20;
 
-HandleTable segments, pools;
-
-MoveResults results;
-std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, busy_ns{0};
-std::atomic<uint64_t> delay_seed{0};
-std::atomic<uint32_t> delay_max_us{0};
+HandleTable& segments = move_state.segments;
+HandleTable& pools = move_state.pools;
+MoveResults& results = move_state.results;
 
 // ---- One move.
 
@@ -52,9 +47,9 @@ struct Item {
 
 // Sleeps if delays are on; a number to go on drawing from, 0 if they are off.
 uint64_t delay(uint64_t random) {
-  const uint32_t most = delay_max_us.load(std::memory_order_relaxed);
+  const uint32_t most = move_state.delay_max_us.load(std::memory_order_relaxed);
   if (most == 0) return 0;
-  random = mix_bits(random ^ delay_seed.load(std::memory_order_relaxed)) | 1;
+  random = mix_bits(random ^ move_state.delay_seed.load(std::memory_order_relaxed)) | 1;
   std::this_thread::sleep_for(std::chrono::microseconds(random % (uint64_t{most} + 1)));
   return random;
 }
@@ -94,7 +89,8 @@ void carry_out(const std::vector<Item>& group) {
     status = copy_item(first, &checksum);
     delay(random);
   }
-  (first.move.flags & kMoveIn ? bytes_in : bytes_out).fetch_add(bytes, std::memory_order_relaxed);
+  auto& moved = first.move.flags & kMoveIn ? move_state.bytes_in : move_state.bytes_out;
+  moved.fetch_add(bytes, std::memory_order_relaxed);
   for (const Item& item : group) {
     // First: whoever has retired the segment may ask.
     results.finish(item.move.ticket, status, checksum);
@@ -202,8 +198,8 @@ class Queue {
 
   static bool follows(const Item& a, const Item& b) {
     return a.whole && b.whole && a.move.flags == b.move.flags &&
-           a.move.segment == b.move.segment && a.uses.space == b.uses.space && a.page + a.move.bytes == b.page &&
-           a.slot + a.move.bytes == b.slot;
+           a.move.segment == b.move.segment && a.uses.space == b.uses.space &&
+           a.page + a.move.bytes == b.page && a.slot + a.move.bytes == b.slot;
   }
 
   void work() {
@@ -223,7 +219,7 @@ class Queue {
       }
       const auto start = Clock::now();
       carry_out(group);
-      busy_ns.fetch_add(
+      move_state.busy_ns.fetch_add(
           std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count(),
           std::memory_order_relaxed);
     }
@@ -241,17 +237,13 @@ class Queue {
 // Never destroyed: steps may still hand over moves while static destructors run.
 std::atomic<Queue*> current_queue{nullptr};
 std::atomic<Queue*> parents_queue{nullptr};  // stays reachable, so that it counts as no leak
-std::atomic<bool> queue_stopped{false};
 std::atomic_flag creating = ATOMIC_FLAG_INIT;
 
 void forget_queue_in_child() {
-  // The child of a fork has none of its parent's threads; it starts its own on first use. What
-  // its parent had in hand is nobody's here.
+  // It starts threads of its own on first use.
   parents_queue.store(current_queue.exchange(nullptr));
   creating.clear();
-  segments.forget_users();
-  pools.forget_users();
-  results.cancel_pending();
+  move_state.forget_parent();
 }
 
 Queue* queue() {
@@ -294,21 +286,6 @@ Handle open_segment(void* base, uint64_t bytes) {
 
 bool retire_segment(Handle segment, bool abandon) { return segments.close(segment, abandon); }
 
-bool hold_segment(Handle segment) { return segments.acquire(segment); }
-
-void release_segment(Handle segment) { segments.release(segment.id); }
-
-void* segment_address(Handle segment) {
-  if (!segments.acquire(segment)) return nullptr;
-  void* const base = segments.base(segment.id);
-  segments.release(segment.id);
-  return base;
-}
-
-Handle open_pool() { return pools.open(nullptr, 0); }
-
-bool close_pool(Handle pool) { return pools.close(pool, false); }
-
 void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, const void* moves,
                    int64_t count, const Spaces& spaces) {
   if (count <= 0) return;
@@ -329,7 +306,7 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
     results.begin(move.ticket);
     Item item;
     const MoveStatus status =
-        queue_stopped.load(std::memory_order_seq_cst)
+        move_state.stopped.load(std::memory_order_seq_cst)
             ? MoveStatus::kCancelled
             : admit(move, where, &item);
     if (status == MoveStatus::kPending) {
@@ -341,39 +318,16 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
   if (!job->items.empty()) queue()->push(job.release());
 }
 
-void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint64_t* checksums) {
-  results.poll(tickets, count, statuses, checksums);
-}
+void settle_queue() {}  // a head that has run has had its moves admitted
 
-bool drain_moves(int64_t timeout_us) {
-  const auto start = Clock::now();
-  while (!results.all_ended()) {
-    if (timeout_us >= 0 && Clock::now() - start > std::chrono::microseconds(timeout_us)) {
-      return false;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(20));
-  }
-  return true;
-}
-
-void stop_moves() {
-  queue_stopped.store(true, std::memory_order_seq_cst);
+void stop_queue() {
   // The queue stays reachable through current_queue: steps that come later find it stopped.
-  static std::mutex once;
-  std::lock_guard<std::mutex> lock(once);
   if (Queue* found = current_queue.load()) found->stop();
 }
 
-void delay_moves(uint64_t seed, uint32_t max_us) {
-  delay_seed.store(seed);
-  delay_max_us.store(max_us);
-}
-
-MoveCounters move_counters() {
+uint64_t queue_cpu_ns() {
   const Queue* found = current_queue.load(std::memory_order_acquire);
-  return {results.handed_over.load(), results.finished.load(), results.failed.load(),
-          bytes_out.load(),           bytes_in.load(),         busy_ns.load(),
-          found == nullptr ? 0 : found->cpu_ns()};
+  return found == nullptr ? 0 : found->cpu_ns();
 }
 
 }  // namespace aqua

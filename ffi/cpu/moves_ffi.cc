@@ -2,8 +2,8 @@
 
 #include <string>
 
+#include "../common/moves.h"
 #include "../common/spaces_ffi.h"
-#include "moves.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {

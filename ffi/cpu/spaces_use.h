@@ -3,8 +3,8 @@
 
 #include <string>
 
+#include "../common/moves.h"
 #include "../common/spaces.h"
-#include "moves.h"
 
 namespace aqua {
 

@@ -7,7 +7,7 @@
 #include <map>
 #include <vector>
 
-#include "../cpu/moves_results.h"
+#include "../common/moves_results.h"
 #include "moves.h"
 
 namespace aqua {

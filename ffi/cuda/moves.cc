@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/moves_results.h"
+#include "../common/moves_state.h"
 #include "move_streams.h"
 
 namespace aqua {
@@ -31,20 +31,19 @@ using cuda::MoveStreams;
 // Between two looks at events, while something is under way.
 constexpr std::chrono::microseconds kLook{20};
 
-HandleTable segments, pools;
-MoveResults results;
-std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, busy_ns{0};
-std::atomic<uint64_t> delay_seed{0};
-std::atomic<uint32_t> delay_max_us{0};
+HandleTable& segments = move_state.segments;
+HandleTable& pools = move_state.pools;
+MoveResults& results = move_state.results;
 std::atomic<int> default_device{-1};
 
 // Host memory that a segment had pinned, by id: unpinned when it is retired.
 void* pinned_by_us[kHandles];
 
 Clock::time_point hold_until(uint64_t ticket, uint64_t salt) {
-  const uint32_t most = delay_max_us.load(std::memory_order_relaxed);
+  const uint32_t most = move_state.delay_max_us.load(std::memory_order_relaxed);
   if (most == 0) return Clock::time_point::min();
-  const uint64_t random = mix_bits(ticket ^ delay_seed.load(std::memory_order_relaxed) ^ salt);
+  const uint64_t seed = move_state.delay_seed.load(std::memory_order_relaxed);
+  const uint64_t random = mix_bits(ticket ^ seed ^ salt);
   return Clock::now() + std::chrono::microseconds(random % (uint64_t{most} + 1));
 }
 
@@ -177,8 +176,8 @@ class Queue {
     const int64_t count = std::min<int64_t>(head[0], batch->capacity);
     for (; batch->next < count; ++batch->next) {
       Move move;
-      std::memcpy(&move, batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4),
-                  sizeof(Move));
+      const int32_t* words = batch->words + cuda::kMovesAt + batch->next * (sizeof(Move) / 4);
+      std::memcpy(&move, words, sizeof(Move));
       if (results.taken(move.ticket)) return false;
       results.begin(move.ticket);
       MoveUses uses;
@@ -245,7 +244,9 @@ class Queue {
       // Flights of one side overlap: what counts is how long the side was busy.
       const auto time = std::chrono::duration_cast<std::chrono::nanoseconds>(
           flight.landed - std::max(flight.started, streams->busy_until[side]));
-      if (time.count() > 0) busy_ns.fetch_add(time.count(), std::memory_order_relaxed);
+      if (time.count() > 0) {
+        move_state.busy_ns.fetch_add(time.count(), std::memory_order_relaxed);
+      }
       streams->busy_until[side] = std::max(streams->busy_until[side], flight.landed);
       for (size_t i = 0; i < flight.items.size(); ++i) {
         const Item& item = flight.items[i];
@@ -253,7 +254,8 @@ class Queue {
         const bool compare = item.move.flags & kMoveChecksum && item.move.flags & kMoveIn;
         const bool wrong = compare && sum != item.move.checksum;
         const uint64_t bytes = uint64_t(item.move.bytes) * item.move.runs;
-        (side ? bytes_in : bytes_out).fetch_add(bytes, std::memory_order_relaxed);
+        auto& moved = side ? move_state.bytes_in : move_state.bytes_out;
+        moved.fetch_add(bytes, std::memory_order_relaxed);
         end(item, flight.failed ? MoveStatus::kCancelled
                   : wrong       ? MoveStatus::kMismatch
                                 : MoveStatus::kDone, sum);
@@ -283,7 +285,6 @@ class Queue {
 
 // Never destroyed: steps may still hand over moves while static destructors run.
 std::atomic<Queue*> current{nullptr};
-std::atomic<bool> queue_stopped{false};
 std::mutex creating;
 
 Queue* queue() {
@@ -295,22 +296,14 @@ Queue* queue() {
     std::atexit(stop_moves);
     // CUDA doesn't survive a fork: the child has moves no more.
     pthread_atfork(nullptr, nullptr, [] {
-      queue_stopped.store(true);
+      move_state.stopped.store(true);
       current.store(nullptr);
-      segments.forget_users();
-      pools.forget_users();
-      results.cancel_pending();
+      move_state.forget_parent();
     });
     found = new Queue;
     current.store(found, std::memory_order_release);
   }
   return found;
-}
-
-// Before a look at what has been handed over.
-void settle() {
-  if (queue_stopped.load()) return;
-  if (Queue* found = current.load(std::memory_order_acquire)) found->settle();
 }
 
 }  // namespace
@@ -333,63 +326,24 @@ bool retire_segment(Handle segment, bool abandon) {
   if (!segments.acquire(segment)) return false;
   void* pinned = pinned_by_us[segment.id];
   segments.release(segment.id);
-  settle();
+  settle_queue();
   if (!segments.close(segment, abandon)) return false;
   cuda::unpin(default_device.load(), pinned);
   return true;
 }
 
-bool hold_segment(Handle segment) { return segments.acquire(segment); }
-
-void release_segment(Handle segment) { segments.release(segment.id); }
-
-void* segment_address(Handle segment) {
-  if (!segments.acquire(segment)) return nullptr;
-  void* const base = segments.base(segment.id);
-  segments.release(segment.id);
-  return base;
+void settle_queue() {
+  if (move_state.stopped.load()) return;
+  if (Queue* found = current.load(std::memory_order_acquire)) found->settle();
 }
 
-Handle open_pool() { return pools.open(nullptr, 0); }
-
-bool close_pool(Handle pool) {
-  settle();
-  return pools.close(pool, false);
-}
-
-void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint64_t* checksums) {
-  results.poll(tickets, count, statuses, checksums);
-}
-
-bool drain_moves(int64_t timeout_us) {
-  const auto start = Clock::now();
-  settle();
-  while (!results.all_ended()) {
-    if (timeout_us >= 0 && Clock::now() - start > std::chrono::microseconds(timeout_us)) {
-      return false;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(20));
-  }
-  return true;
-}
-
-void stop_moves() {
-  queue_stopped.store(true, std::memory_order_seq_cst);
-  static std::mutex once;
-  std::lock_guard<std::mutex> lock(once);
+void stop_queue() {
   if (Queue* found = current.load()) found->stop();
 }
 
-void delay_moves(uint64_t seed, uint32_t max_us) {
-  delay_seed.store(seed);
-  delay_max_us.store(max_us);
-}
-
-MoveCounters move_counters() {
+uint64_t queue_cpu_ns() {
   const Queue* found = current.load(std::memory_order_acquire);
-  return {results.handed_over.load(), results.finished.load(), results.failed.load(),
-          bytes_out.load(),           bytes_in.load(),         busy_ns.load(),
-          found == nullptr ? 0 : found->cpu_ns()};
+  return found == nullptr ? 0 : found->cpu_ns();
 }
 
 namespace cuda {
@@ -397,7 +351,7 @@ namespace cuda {
 cudaError_t hand_over(cudaStream_t stream, void* pool, int64_t pages, int64_t page_bytes,
                       const int32_t* head, const int32_t* moves, int64_t capacity,
                       const Spaces& spaces) {
-  if (capacity <= 0 || queue_stopped.load(std::memory_order_seq_cst)) return cudaSuccess;
+  if (capacity <= 0 || move_state.stopped.load(std::memory_order_seq_cst)) return cudaSuccess;
   // XLA calls with the stream's context current.
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -1,5 +1,5 @@
 // Moves of KV pages between the pool and segments of other memory, beside the running step, on
-// CUDA. What callers see is ../cpu/moves.h, with these differences:
+// CUDA. What callers see is ../common/moves.h, with these differences:
 //
 // A step's moves lie in device memory. The handler launches a small kernel that writes them into
 // pinned memory, and records an event; a worker thread of the host sees the event, checks the moves
@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "../cpu/moves.h"
+#include "../common/moves.h"
 #include "device.h"
 
 namespace aqua {

@@ -70,6 +70,8 @@ struct Batch {
   Shape shape;
   AttentionProblem problem;
   Floats kv, q, k, v, out;
+  std::vector<std::vector<char>> behind;  // pages of spaces
+  std::vector<Space> spaces;
   std::vector<int32_t> positions, query_starts, kv_lens, page_table;
   int64_t token, half, layer_stride, page;  // elements
 
@@ -129,6 +131,31 @@ struct Batch {
   }
 
   Batch(const Batch&) = delete;
+
+  // Cuts the pool before each of these pages: what follows the first cut lies in spaces.
+  void split(const std::vector<int64_t>& cuts) {
+    const int64_t bytes = page * (shape.kv_bf16 ? 2 : 4);
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      const int64_t end = i + 1 < cuts.size() ? cuts[i + 1] : problem.pages;
+      behind.emplace_back(&kv.bytes[cuts[i] * bytes], &kv.bytes[0] + end * bytes);
+      const auto address = reinterpret_cast<uintptr_t>(behind.back().data());
+      spaces.push_back({static_cast<int32_t>(cuts[i]), static_cast<int32_t>(end - cuts[i]),
+                        static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32), 0, 0,
+                        {}});
+    }
+    problem.pages = cuts[0];
+    problem.spaces = {spaces.data(), static_cast<int32_t>(spaces.size())};
+    // A copy at its exact size, so that overruns are seen.
+    kv.bytes = std::vector<char>(kv.bytes.begin(), kv.bytes.begin() + cuts[0] * bytes);
+    point();
+  }
+
+  // All pages, wherever they lie.
+  std::vector<char> all_pages() const {
+    std::vector<char> all = kv.bytes;
+    for (const auto& part : behind) all.insert(all.end(), part.begin(), part.end());
+    return all;
+  }
 
   void point() {
     problem.kv = kv.bytes.data();

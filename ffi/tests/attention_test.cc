@@ -138,6 +138,37 @@ void check_random_batches(Isa isa, int batches) {
   }
 }
 
+std::vector<int64_t> random_cuts(std::mt19937& random, int64_t pages) {
+  std::vector<int64_t> cuts;
+  for (int64_t page = 1; page < pages && cuts.size() < 3; ++page) {
+    if (random() % 4 == 0) cuts.push_back(page);
+  }
+  if (cuts.empty()) cuts.push_back(1);
+  return cuts;
+}
+
+// A pool and spaces give what one pool of all pages gives, to the last bit.
+void check_spaces(Isa isa, int batches) {
+  for (int i = 0; i < batches; ++i) {
+    std::mt19937 random(9000 + i);
+    const Shape shape = random_shape(random);
+    Batch whole(shape, 77 + i), parts(shape, 77 + i);
+    if (whole.problem.pages < 2) continue;
+    parts.split(random_cuts(random, parts.problem.pages));
+    for (Batch* b : {&whole, &parts}) {
+      b->problem.isa = isa;
+      b->problem.layer = 1;
+      b->problem.window = i % 3 == 0 ? 20 : 0;
+      b->problem.deterministic = i % 2;
+      expect(aqua::paged_attention(b->problem).empty(), "spaces: error");
+    }
+    const std::string name = std::string("spaces, ") + aqua::isa_name(isa) + " batch " +
+                             std::to_string(i);
+    expect(parts.all_pages() == whole.kv.bytes, name + ": pages differ");
+    expect(parts.out.bytes == whole.out.bytes, name + ": result differs");
+  }
+}
+
 // Slots beyond a sequence's end, and pages of others, hold NaN: none may reach a result.
 void check_ignores_garbage(Isa isa) {
   for (const bool bf16 : {false, true}) {
@@ -173,17 +204,18 @@ void check_bad_metadata(Isa isa, int batches) {
     std::mt19937 random(5000 + i);
     Batch b(random_shape(random), 3 + i);
     b.problem.isa = isa;
+    if (i % 2 && b.problem.pages > 1) b.split(random_cuts(random, b.problem.pages));
     std::vector<int32_t>* arrays[] = {&b.positions, &b.query_starts, &b.kv_lens, &b.page_table};
     std::vector<int32_t>& array = *arrays[random() % 4];
     if (array.empty()) continue;
     array[random() % array.size()] =
         pick(random, {-2147483647, -7, -1, 0, 1, 50, 100000, 2147483647});
     if (random() % 8 == 0) b.problem.num_seqs = pick(random, {-1, 0, 1, 100});
-    const auto before = b.kv.bytes;
+    const auto before = b.all_pages();
     const std::string error = aqua::paged_attention(b.problem);
     if (!error.empty()) {
       ++refused;
-      expect(b.kv.bytes == before, "refused metadata still wrote: " + error);
+      expect(b.all_pages() == before, "refused metadata still wrote: " + error);
     }
   }
   expect(refused > batches / 3, "bad metadata was refused only " + std::to_string(refused) +
@@ -197,6 +229,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i <= static_cast<int>(aqua::detected_isa()); ++i) {
     const Isa isa = static_cast<Isa>(i);
     check_random_batches(isa, 40 * scale);
+    check_spaces(isa, 20 * scale);
     check_ignores_garbage(isa);
     check_bad_metadata(isa, 60 * scale);
     std::printf("%s: %d failures so far\n", aqua::isa_name(isa), failures);

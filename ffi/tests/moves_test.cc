@@ -2,7 +2,7 @@
 //
 // It is also clean under the thread sanitizer, in this folder:
 //   g++ -std=c++17 -O1 -g -fsanitize=thread -pthread moves_test.cc ../cpu/moves.cc
-//     ../cpu/moves_copy.cc -o /tmp/moves_test && AQUA_COPY_THREADS=3 /tmp/moves_test
+//     ../cpu/moves_copy.cc ../common/moves_state.cc -o /tmp/moves_test && AQUA_COPY_THREADS=3 /tmp/moves_test
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -18,7 +18,7 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/moves.h"
+#include "../common/moves.h"
 #include "../cpu/moves_copy.h"
 
 namespace {
@@ -235,6 +235,44 @@ void retire_in_flight() {
   check(aqua::close_pool(owner), "closed");
 }
 
+// Pages in a space: copied like the pool's, and their memory is in use until they are.
+void spaces() {
+  const int64_t pages = 3, bytes = 4096;
+  Bytes pool = noise(pages * bytes, 6), memory(4 * bytes);
+  auto* behind = new Bytes(noise(2 * bytes, 7));
+  const Bytes before = *behind;
+  const Handle owner = aqua::open_pool();
+  const Handle segment = aqua::open_segment(memory.data(), memory.size());
+  const Handle own = aqua::open_segment(behind->data(), behind->size());
+  check(aqua::segment_address(own) == behind->data(), "address");
+  const auto address = reinterpret_cast<uintptr_t>(behind->data());
+  const aqua::Space row{pages, 2, static_cast<uint32_t>(address),
+                        static_cast<uint32_t>(address >> 32), own.id, own.generation, {}};
+  const auto hand_over = [&](const std::vector<Move>& moves) {
+    aqua::enqueue_moves(owner, pool.data(), pages, bytes, moves.data(), moves.size(), {&row, 1});
+  };
+  aqua::delay_moves(5, 2000);
+  std::vector<Move> moves = {whole(0, 3, segment, 0, bytes), whole(0, 4, segment, bytes, bytes),
+                             whole(0, 1, segment, 2 * bytes, bytes),
+                             whole(0, 5, segment, 3 * bytes, bytes)};
+  hand_over(moves);
+  check(aqua::retire_segment(own, false), "retired");
+  delete behind;  // the sanitizer sees a copy that comes late
+  aqua::delay_moves(0, 0);
+  check(aqua::drain_moves(-1), "drained");
+  for (int i = 0; i < 3; ++i) check(status_of(moves[i].ticket) == MoveStatus::kDone, "done");
+  check(status_of(moves[3].ticket) == MoveStatus::kOutOfBounds, "no such page");
+  check(std::equal(before.begin(), before.end(), memory.begin()), "the space's pages");
+  check(std::equal(&pool[bytes], &pool[2 * bytes], &memory[2 * bytes]), "the pool's page");
+  moves = {whole(aqua::kMoveIn, 3, segment, 0, bytes), whole(aqua::kMoveIn, 1, segment, 0, bytes)};
+  hand_over(moves);
+  check(aqua::drain_moves(-1), "drained");
+  check(status_of(moves[0].ticket) == MoveStatus::kSegmentStale, "the space is gone");
+  check(status_of(moves[1].ticket) == MoveStatus::kDone, "the pool isn't");
+  check(!aqua::hold_segment(own) && aqua::segment_address(own) == nullptr, "gone for steps too");
+  check(aqua::retire_segment(segment, false) && aqua::close_pool(owner), "closed: nobody uses them");
+}
+
 // Several pools handed over from several threads at once, and more tickets than results.
 void many() {
   const int64_t pages = 256, bytes = 64;
@@ -330,6 +368,7 @@ int main() {
   exact();
   statuses();
   retire_in_flight();
+  spaces();
   many();
   fork_child();
   stop();

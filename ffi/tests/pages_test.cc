@@ -1,4 +1,5 @@
-// Page copies against the definition: all sources are read before any page is written.
+// Page copies against the definition: all sources are read before any page is written. Some of the
+// pages lie in a space behind the pool.
 
 #include <cstdio>
 #include <random>
@@ -31,8 +32,17 @@ int main() {
         expected[dst[i] * bytes + j] = before[src[i] * bytes + j];
       }
     }
+    const int64_t own = seed % 2 ? pages : 1 + static_cast<int64_t>(random() % pages);
+    std::vector<char> behind(pool.begin() + own * bytes, pool.end());
+    pool.resize(own * bytes);
+    pool.shrink_to_fit();
+    const auto address = reinterpret_cast<uintptr_t>(behind.data());
+    const aqua::Space space{static_cast<int32_t>(own), static_cast<int32_t>(pages - own),
+                            static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32),
+                            0, 0, {}};
     const std::string error =
-        aqua::copy_pages(pool.data(), pages, bytes, src.data(), dst.data(), count);
+        aqua::copy_pages(pool.data(), own, bytes, src.data(), dst.data(), count, {&space, 1});
+    pool.insert(pool.end(), behind.begin(), behind.end());
     if (error.empty() == bad || pool != expected) {
       std::fprintf(stderr, "FAILED: seed %u: '%s'\n", seed, error.c_str());
       ++failures;

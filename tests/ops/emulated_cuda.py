@@ -30,7 +30,8 @@ def sources() -> list[pathlib.Path]:
     emulation = FFI / "tests" / "cuda_emulation"
     cuda = [p for p in (FFI / "cuda").iterdir() if p.suffix in (".cc", ".cu")]
     needs_driver = {FFI / "cuda" / name for name in ("arena.cc", "driver.cc", "topology.cc")}
-    return sorted({*cuda, *emulation.glob("*.cc"), FFI / "cpu" / "moves_api.cc"} - needs_driver)
+    shared = (FFI / "common").glob("moves_*.cc")
+    return sorted({*cuda, *emulation.glob("*.cc"), *shared} - needs_driver)
 
 
 def build() -> pathlib.Path:

@@ -16,7 +16,7 @@ from tests.scale import scaled
 MOVES = "not test_a_process_ends"
 CASES = [
     ("ops/cuda_cases.py", "", 50), ("ops/test_moves.py", MOVES, 17),
-    ("ops/test_spaces.py", "not on_a_cpu", 13),
+    ("ops/test_spaces.py", "not user_of_its_spaces", 13),
 ]
 if scaled(1) > 1:
     # The engine on these handlers, pages swapped out and in: same answers. A minute or two.

@@ -219,12 +219,33 @@ def test_abandoning_a_space_drops_moves_not_begun():
             assert (statuses == Status.SEGMENT_STALE).any()
 
 
-def test_what_does_not_exist_is_an_error_on_a_cpu():
-    case = make_case(np.random.default_rng(45), [1], [60])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_pages_behind_the_last_space(dtype):
+    """An error on a CPU; a GPU takes them for absent and leaves copies of them out."""
+    case = make_case(np.random.default_rng(45), [1], [60], kv_dtype=dtype)
+    absent = dataclasses.replace(case, page_table=case.page_table.copy())
+    absent.page_table[0, 1] = -1
     case.page_table[0, 1] = len(case.kv)
-    with split(case.kv, 3) as parts:
-        with pytest.raises(Exception, match=r"page_table of sequence 0, entry 1.*1 spaces"):
+    src, dst, count = (jnp.array(x, jnp.int32) for x in ([0, len(case.kv)], [4, 1], [2]))
+    with split(case.kv, 2, 3) as parts:
+        if library.platform() == "cuda":
+            _, expected = attend(absent, jnp.array(case.kv), None)
+            kv, out = attend(case, parts.kv, parts.spaces)
+            np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+            before = parts.whole(kv)
+            kv = jax.jit(copy_pages)(kv, src, dst, count, spaces=parts.spaces)
+            before[4] = before[0]
+            np.testing.assert_array_equal(parts.whole(kv), before)
+            return
+        with pytest.raises(Exception, match=r"page_table of sequence 0, entry 1.*2 spaces"):
             attend(case, parts.kv, parts.spaces)
+    with split(case.kv, 2, 3) as parts:
+        with pytest.raises(Exception, match=r"page of copy 1.*2 spaces"):
+            jax.jit(copy_pages)(parts.kv, src, dst, count, spaces=parts.spaces)
+
+
+def test_a_step_on_a_cpu_is_a_user_of_its_spaces():
+    """One that comes after the memory was retired fails instead of touching it."""
     case = make_case(np.random.default_rng(46), [1], [60])
     with split(case.kv, 3) as parts:
         parts.segments[0].retire()

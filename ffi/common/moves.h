@@ -10,8 +10,8 @@
 
 #include <cstdint>
 
-#include "../common/spaces.h"
 #include "moves_handles.h"
+#include "spaces.h"
 
 namespace aqua {
 
@@ -76,8 +76,8 @@ Handle open_pool();
 bool close_pool(Handle pool);
 
 // Hands `count` moves (Move, not necessarily aligned) to the workers and returns. `base` is the
-// pool, of `pages` times `page_bytes`; `spaces` are the pages behind it. No order is promised among moves. Blocks only when kResults
-// moves are unfinished.
+// pool, of `pages` times `page_bytes`, with `spaces` behind it. No order is promised among moves.
+// Blocks only when kResults moves are unfinished.
 void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, const void* moves,
                    int64_t count, const Spaces& spaces = {});
 
