@@ -101,6 +101,7 @@ class EngineService:
         self.answered: list[str] = []  # of each request that has ended, what was wrong; "": nothing
         self._lock = threading.Lock()
         self._asked: float | None = None
+        self._first: dict[tuple[str, int], float] = {}  # seconds to the first token, by request
         self.stats: dict[str, Any] = {}
 
     def ask(self, ids: list[int], max_tokens: int) -> None:
@@ -145,7 +146,11 @@ class EngineService:
             lending = stats.get("lending")
             if lending:
                 view.memory.append(("lent", lending["lent"], lending["lendable"]))
-            view.ttft_s = [row["ttft_s"] for row in rows if row["ttft_s"] is not None]
+            self._first |= {
+                (row["request"], row["sample"]): row["ttft_s"] for row in rows
+                if row["ttft_s"] is not None
+            }
+            view.ttft_s = list(self._first.values())
         return self.stats
 
 

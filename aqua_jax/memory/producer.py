@@ -209,11 +209,14 @@ class Producer:
         deadline = time.monotonic() + self._deadline_s
         try:
             for extent in self._lent():
+                if time.monotonic() > deadline:  # the coordinator doesn't answer
+                    break
                 self._lendings[extent].reclaim(0, self._deadline_s)
             while self._lent() and self.connected and time.monotonic() < deadline:
                 time.sleep(_SOON_S)
         except AquaError as error:
             _log.warning("lending ends: %s", error)
-        for lending in self._lendings.values():
-            lending.close(0.0)
-        self._client.close()
+        left = self._lent()
+        if left:
+            _log.warning("%d extents are still lent; whoever holds them loses them", len(left))
+        self._client.close()  # and with it all that is lent

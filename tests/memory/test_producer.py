@@ -1,5 +1,8 @@
 """Extents lent through a real coordinator: what is taken back, from whom, and when."""
 
+import signal
+import time
+
 import pytest
 
 from aqua_jax.errors import CoordinatorError
@@ -132,3 +135,16 @@ def test_leaving_takes_back_what_is_free_and_does_not_wait_for_the_rest(path):
         wait_for(lambda: not loan.alive, "its borrower knows")
         loan.write(0, b"x")  # and does no harm
         wait_for(lambda: lent(running) == 0)
+
+
+def test_leaving_does_not_wait_long_for_a_coordinator_that_hangs(path):
+    with coordinator(path, "--term_s=3") as running:
+        owner = Owner(path, deadline_s=0.3, timeout_s=0.3)
+        owner.lend_all()
+        wait_for(lambda: lent(running) == owner.memory.size)
+        running.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        owner.producer.close()
+        # A question, the last words, and a wait for each; a slow machine.
+        assert time.monotonic() - began < 5.0
+        owner.memory.close()
