@@ -222,7 +222,7 @@ def main() -> None:
                 sys.executable, *sys.argv, f"--socket={arguments.socket}", "--serve"
             ])
             engine.hear()
-            time.sleep(2.0)
+            time.sleep(4 * arguments.pause)
             measure(arguments, lending, engine)
             force(arguments, lending, engine)
     finally:
