@@ -441,7 +441,7 @@ class Scheduler:
         if self.residency is not None:
             head = self.policy.head(now)
             if head is not None:
-                spare = self.pool.available - self.room.needs(self._running)
+                spare = self.room.spare(self._running)
                 refused, found = draft.refused
                 self.holdings.prefetch(head, spare, found if head is refused else None)
             wanted = self.room.reserve(head) - self.pool.available
