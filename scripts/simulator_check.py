@@ -81,6 +81,8 @@ def main() -> int:
 
     requests = make_load(arguments)
     base = build_system(arguments.profile, None)
+    if not base.links:
+        parser.error(f"{arguments.profile} knows no store: make it with --policy=fair")
     system = dataclasses.replace(base, num_pages=arguments.pool // base.page_tokens)
     engines: dict[str, Engine] = {}
     measured: dict[str, list[dict[str, float]]] = {"fcfs": [], "fair": []}
