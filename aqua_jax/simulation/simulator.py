@@ -9,7 +9,8 @@ the policy: there is no randomness and no real time.
 Most steps repeat the one before. A plan says for how many steps that can go on (`Plan.holds`), and
 the loop skips them: it adds up times, and the scheduler books tokens and pages (`steady.Coast`),
 until something arrives or ends or somebody's turn is over. What comes out is the same to the last
-bit. Under overload arrivals and ends are a few steps apart, so two of three steps are skipped at most.
+bit. Under overload arrivals and ends are a few steps apart, so no more than two of three steps are
+skipped.
 """
 
 from __future__ import annotations
