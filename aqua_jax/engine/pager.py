@@ -62,6 +62,10 @@ class Planner(Protocol):
     def outstanding(self) -> int:
         """Moves that have not ended, planned or still to be."""
 
+    @property
+    def shifting(self) -> int:
+        """Copies from store to store that `respond` has yet to end."""
+
     def finished(self, move: Move, ok: bool, checksum: int | None) -> None:
         """A planned move has ended; `checksum` of what was copied out, if asked for."""
 
@@ -150,8 +154,8 @@ class Pager:
 
     @property
     def unfinished(self) -> bool:
-        """Whether moves are to be seen through, be it in steps to come."""
-        return self._planner.outstanding > 0
+        """Whether moves are to be seen through, be it in steps to come, or shifts."""
+        return self._planner.outstanding > 0 or self._planner.shifting > 0
 
     # A step's moves.
 
@@ -328,7 +332,9 @@ class Pager:
         while not ended and self.outstanding and time.perf_counter() - started < timeout_s:
             time.sleep(_NAP_S)
             ended = self.poll()
-        if not ended and not self.outstanding and self._borrowing is not None:
+        if not ended and not self.outstanding and self._shifter.under_way:
+            self._shifter.linger(timeout_s)
+        elif not ended and not self.outstanding and self._borrowing is not None:
             # Moves are planned, and their lenders let none of them be made yet.
             pauses = filter(None, (pace.ready_in() for pace in self._borrowing.paces.values()))
             time.sleep(min(timeout_s, min(pauses, default=_NAP_S)))

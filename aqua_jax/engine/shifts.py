@@ -66,6 +66,7 @@ class Shifter:
                 # Not done, ever: both slots stay taken, and nobody reads the new one.
                 _log.exception("a page did not get from %s to %s", shift.source.name,
                                shift.target.name)
+                shift.failed = True
                 self._done += 1
                 continue
             self.busy_s += time.perf_counter() - started

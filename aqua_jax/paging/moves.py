@@ -129,7 +129,8 @@ class Shift:
     identity.
 
     Whoever copies sets `done` when the bytes are there, from any thread; whether they still count
-    is the planner's to find out. Both slots keep a reference until then.
+    is the planner's to find out. Both slots keep a reference until then; for ever if it `failed`,
+    for nobody knows what is being written.
     """
 
     source: Store
@@ -137,3 +138,4 @@ class Shift:
     target: Store
     place: StoreSlot
     done: bool = False
+    failed: bool = False

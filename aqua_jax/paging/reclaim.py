@@ -57,6 +57,11 @@ class Reclaim:
         self._pinned: set[tuple[Store, int]] = set()
         self._climbers: list[Stored] = []  # not looked at yet
 
+    @property
+    def shifting(self) -> int:
+        """Shifts begun that will end and have not been ended here."""
+        return sum(not shift.failed for shift in self._shifts)
+
     def respond(self, copy: Copy, climb: int = 0) -> None:
         """Called at a step boundary.
 

@@ -322,6 +322,11 @@ class Residency:
         """
         self._reclaim.respond(copy, climb)
 
+    @property
+    def shifting(self) -> int:
+        """Copies from store to store whose slots are held until `respond` has ended them."""
+        return self._reclaim.shifting
+
     def moved(self, old: PageHandle, new: PageHandle) -> None:
         """What a page of the pool held is in another one now."""
         if (stored := self._by_page.pop(old, None)) is not None:
