@@ -10,7 +10,6 @@ import pytest
 from aqua_jax.ops.pages import copy_pages
 from tests.scale import scaled
 
-
 COPY = jax.jit(copy_pages, donate_argnums=0, static_argnames="implementation")
 
 
