@@ -23,7 +23,8 @@ A new sequence has an *early turn*, ahead of all that wait, as long as no more t
 of its user's turns are early ones, and some more that are saved up; so a stream of newcomers delays
 the others by that share at most. (80 conversations of the Azure trace, at nearly four times what
 fits: with half of all turns for newcomers TTFT p99 was 1.9 s, with three quarters it was 1.2 s. A
-tenth was used up at twice what fits.)
+tenth was used up at twice what fits.) Where there are stores, early turns end when these have no
+room left for what is displaced: then more would be begun than can be kept.
 
 Within a slice nothing changes the order, and equal vruntimes go by arrival. So with infinite slices
 and one user this is first come, first served, step for step.
@@ -95,9 +96,9 @@ class _User(Member):
         self.newcomers: dict[_Account, None] = {}  # of those that wait, in the order they came
         self.credit = credit  # early turns
 
-    def first(self) -> _Account | None:
+    def first(self, early: bool) -> _Account | None:
         """Whose turn is next: a newcomer's if it may have an early one."""
-        if self.newcomers and self.credit >= 1.0:
+        if early and self.newcomers and self.credit >= 1.0:
             return next(iter(self.newcomers))
         return self.sequences.first()
 
@@ -141,11 +142,15 @@ class Fair:
         self._price: Callable[[Sequence], float] = lambda sequence: float(sequence.num_computed)
         self._prices: dict[Sequence, float] = {}  # of this plan
         self._merits: list[_Account] | None = None  # of this plan
-        self._swaps = False
+        self._keeps: Callable[[], bool] | None = None
+        self._early = True  # whether there are early turns in this plan
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
+    def bind(
+        self, costs: Costs, price: Callable[[Sequence], float],
+        keeps: Callable[[], bool] | None,
+    ) -> None:
         """What a prompt token costs, where the configuration doesn't say, and what a switch."""
-        self._costs, self._price, self._swaps = costs, price, swaps
+        self._costs, self._price, self._keeps = costs, price, keeps
 
     @property
     def prefill_cost(self) -> float:
@@ -199,7 +204,7 @@ class Fair:
         user = self._users.first()
         if user is None:
             return None
-        account = user.first()
+        account = user.first(self._early)
         assert account is not None
         return account.sequence
 
@@ -217,7 +222,9 @@ class Fair:
         """A plan begins."""
         self._prices.clear()
         self._merits = None
-        switch = self._costs.switch_steps if self._swaps and self._costs is not None else 0.0
+        swaps = self._keeps is not None and self._costs is not None
+        switch = self._costs.switch_steps if swaps and self._costs is not None else 0.0
+        self._early = self._keeps is None or self._keeps()
         self.slices.observe(now, len(self._accounts), running, switch)
 
     def admitted(self, sequence: Sequence, lost: int) -> None:
@@ -246,10 +253,10 @@ class Fair:
             return
         waiting = self._accounts[head]
         least, users_least = waiting.vruntime, waiting.user.vruntime
-        if waiting in waiting.user.newcomers and waiting.user.credit >= 1.0:
+        if self._early and waiting in waiting.user.newcomers and waiting.user.credit >= 1.0:
             least = -math.inf
         begun = 0.0
-        if self._swaps and head.preemptions == 0:
+        if self._early and self._keeps is not None and head.preemptions == 0:
             begun = self.slices.steps - 1
         price = 0.0
         for account in self._by_merit(running):

@@ -29,9 +29,13 @@ class Policy(Protocol):
 
     timeless: bool  # service, costs and time change nothing: not the order, nor who gives way
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
-        """Called once, by the scheduler: what things cost, what it costs the others when a running
-        sequence gives way, in decode tokens, and whether its pages are kept in a store then."""
+    def bind(
+        self, costs: Costs, price: Callable[[Sequence], float],
+        keeps: Callable[[], bool] | None,
+    ) -> None:
+        """Called once, by the scheduler: what things cost; what it costs the others when a running
+        sequence gives way, in decode tokens; and whether there is room now for its pages in a
+        store (None: there are no stores)."""
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence into the waiting queue: new, forked, or preempted."""
@@ -99,7 +103,10 @@ class _Ranked:
         self._key = key
         self._waiting = SortedKeyList(key=key)
 
-    def bind(self, costs: Costs, price: Callable[[Sequence], float], swaps: bool) -> None:
+    def bind(
+        self, costs: Costs, price: Callable[[Sequence], float],
+        keeps: Callable[[], bool] | None,
+    ) -> None:
         """Ranks don't depend on costs."""
 
     def push(self, sequence: Sequence) -> None:

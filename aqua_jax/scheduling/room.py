@@ -24,6 +24,11 @@ class Room:
         self._config, self._policy, self._holdings = config, policy, holdings
         self._costs, self._slots = costs, slots
         self._pool, self._residency = holdings.pool, holdings.residency
+        self.bold = self._residency is not None  # running short costs little in this plan
+
+    def begin(self) -> None:
+        """A plan begins."""
+        self.bold = self.keeps()
 
     @property
     def copies(self) -> int:
@@ -55,10 +60,10 @@ class Room:
     def growth(self, sequences: Iterable[Sequence]) -> int:
         """Pages that sequences will ask for soon: in their next `growth_tokens` tokens, or, under a
         policy with slices, in a whole slice if that is longer, counted from the pages they have.
-        With stores, in their next `swap_growth_tokens`: running short costs little there."""
+        With room in stores, in their next `swap_growth_tokens`: running short costs little then."""
         size, slice_steps, pages = self._pool.page_tokens, int(self._policy.growth_steps), 0
         horizon = max(self._config.growth_tokens, slice_steps)
-        if self._residency is not None:
+        if self.bold:
             horizon = self._config.swap_growth_tokens
         for one in sequences:
             known = len(one.tokens) + one.num_inflight
@@ -110,8 +115,8 @@ class Room:
         return going[:count]
 
     def headroom(self, sequence: Sequence, growth: int) -> int:
-        """Pages that an admission must leave: `growth`; none for a newcomer where stores are."""
-        return 0 if self._residency is not None and sequence.preemptions == 0 else growth
+        """Pages an admission must leave: `growth`; for newcomers none while stores have room."""
+        return 0 if self.bold and sequence.preemptions == 0 else growth
 
     def reserve(self, head: Sequence | None) -> int:
         """Pages that should come free at once: those of a step full of prompts, that newcomers may
@@ -136,11 +141,24 @@ class Room:
             and self._costs.swap(computed, unsaved) <= self._costs.recompute(computed)
         )
 
+    def keeps(self, pages: int = 0) -> bool:
+        """Whether stores have room for so many pages; 0: for what a step full of prompts may send
+        there."""
+        wanted = pages or min(
+            self._pool.pages_for(self._config.max_step_tokens), self._pool.num_pages
+        )
+        for store in () if self._residency is None else self._residency.tiers.stores:
+            wanted -= 0 if store.lost else store.free_slots
+            if wanted <= 0:
+                return True
+        return False
+
     def price(self, sequence: Sequence) -> float:
         """What it costs the others when a sequence gives way, in decode tokens at most."""
         computed = sequence.num_computed
         unsaved = self._holdings.unsaved(sequence, computed)
-        if self.swaps(computed, unsaved):
+        kept = not unsaved or self.keeps(self._pool.pages_for(unsaved))
+        if kept and self.swaps(computed, unsaved):
             return self._costs.swap(computed, unsaved)
         return float(computed)
 

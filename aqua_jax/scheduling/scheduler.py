@@ -29,8 +29,7 @@ when the copies have ended, at once if they were made ahead (*write-behind*: ful
 sequences next to go, as many as those who come next will need). Whoever comes back holds slot and
 pages while its own are copied in, and runs once they have arrived. Pages that will be short within
 a few steps make the victim go now, so that nobody sits out while they are copied (`_make_room`).
-And newcomers need no room to grow: what they displace comes back cheaply, and their first token
-doesn't wait for it.
+And while stores have room, newcomers need none to grow: what they displace comes back cheaply.
 
 Running ahead. `plan` for step n+1 is called while step n is on the device, and perhaps before the
 tokens of n or n-1 are known: `num_inflight` counts them, to any depth. A sequence whose length
@@ -97,7 +96,7 @@ class Scheduler:
         self.holdings = Holdings(pool, prefix, residency)
         self.slots = Slots(config.max_num_seqs)
         self.room = Room(config, policy, self.holdings, self.costs, self.slots)
-        policy.bind(self.costs, self.room.price, residency is not None)
+        policy.bind(self.costs, self.room.price, None if residency is None else self.room.keeps)
         self.counters = SchedulerCounters()
         self.foresight = False  # whether plans say how long they hold
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
@@ -147,6 +146,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when nothing can run before a token arrives or one is added."""
+        self.room.begin()
         self.policy.begin(now, len(self._running))
         draft, plan = self._draft(now)
         if plan is None and draft.preempted:  # the way is free now, for whoever went or another

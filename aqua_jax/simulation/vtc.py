@@ -38,7 +38,10 @@ class VirtualTokenCounter:
         self._length = 0
         self._number = 0
 
-    def bind(self, costs: Any, price: Callable[[Sequence], float], swaps: bool) -> None:
+    def bind(
+        self, costs: Any, price: Callable[[Sequence], float],
+        keeps: Callable[[], bool] | None,
+    ) -> None:
         """Tokens are counted at fixed prices."""
 
     def push(self, sequence: Sequence) -> None:

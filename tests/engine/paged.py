@@ -33,6 +33,7 @@ class Planner:
 
     def __init__(self) -> None:
         self.outstanding = 0
+        self.shifting = 0
         self.ended: list[tuple[Move, bool, int | None]] = []
         self.responses: collections.deque[Callable[[Copy], None]] = collections.deque()
 
