@@ -228,17 +228,14 @@ class Server:
 
     async def _follow(self, seen: int | None) -> AsyncGenerator[bytes, None]:
         """A line for each new version, until the server stops."""
-        clock = asyncio.get_running_loop().time
         while not self.draining:
-            began = clock()
             state = await self._feed.get(seen)
             if state is None or state[0] == seen:
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
             seen = state[0]
             yield state[1] + b"\n"
-            # Looking waits for the end of a step, which isn't to be added to the pause.
-            await asyncio.sleep(max(_LOOK_AGAIN_S, began + _FOLLOW_EVERY_S - clock()))
+            await asyncio.sleep(_FOLLOW_EVERY_S)
 
     async def _openapi(self, request: Request) -> Response:
         import aqua_jax

@@ -17,12 +17,13 @@ from tests.server.serving import serving, text_engine_config
 
 # Colours of the strips' pixels in one lane, most frequent first.
 COLOURS = """(() => { const found = {};
-  const {width, height} = $("picture");
-  const data = $("picture").getContext("2d").getImageData(0, 0, width, height).data;
-  for (let at = 0; at < data.length; at += 4) {
-    if (!data[at + 3]) continue;
-    const name = [data[at], data[at + 1], data[at + 2]].join();
-    found[name] = (found[name] || 0) + 1;
+  for (const canvas of strips) {
+    const data = canvas.getContext("2d").getImageData(0, 0, 1, canvas.height).data;
+    for (let at = 0; at < data.length; at += 4) {
+      if (!data[at + 3]) continue;
+      const name = [data[at], data[at + 1], data[at + 2]].join();
+      found[name] = (found[name] || 0) + 1;
+    }
   }
   return found; })()"""
 POOL, HOST, WAIT = "31,119,180", "255,127,14", "184,184,184"
