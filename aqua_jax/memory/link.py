@@ -74,7 +74,9 @@ class Entry:
         try:
             self.socket = sockets.connect(name, timeout_s, socket.SOCK_SEQPACKET)
         except LenderError as error:
-            raise CoordinatorError(f"no coordinator answers at {path}: {error}") from error
+            # What the caller named, not the door beside it.
+            why = getattr(error.__cause__, "strerror", None) or "it is too busy"
+            raise CoordinatorError(f"no coordinator answers at {path}: {why}") from error
         try:
             letter, _, token, fds = door.receive(self.socket)
             for fd in fds:
@@ -148,7 +150,8 @@ def status(path: str, timeout_s: float = 5.0) -> Any:
                 metadata=(("aqua-token", entry.token.hex()),),
             )
     except grpc.RpcError as error:
-        raise CoordinatorError(f"no answer from the coordinator at {path}: {error}") from error
+        why = getattr(error, "details", lambda: None)() or type(error).__name__
+        raise CoordinatorError(f"no answer from the coordinator at {path}: {why}") from error
     finally:
         entry.close()
 
@@ -293,7 +296,7 @@ class Link:
             try:
                 self._attach()
             except CoordinatorError as error:
-                self._why = str(error)
+                self._why = str(error).removeprefix(f"no coordinator answers at {self.path}: ")
             if self._welcome.is_set() and not self._closing.is_set():
                 pause = _FIRST_PAUSE_S
                 _log.info("the coordinator at %s is away%s", self.path, self._because())

@@ -252,6 +252,18 @@ def test_wrong_usage_says_what_is_allowed(capsys, arguments, words):
     assert words in captured.err and "Traceback" not in captured.err and not captured.out
 
 
+def test_nobody_there_is_an_error_that_names_the_socket(capsys, tmp_path):
+    from aqua_jax.cli.main import main
+
+    for path, why in ((new_name(), "Connection refused"), (f"{tmp_path}/x", "No such file or")):
+        assert main(["coordinator", "--status", f"--socket={path}"]) == 2
+        error = capsys.readouterr().err
+        assert f"no coordinator answers at {path}: {why}" in error and ".fd" not in error
+        with pytest.raises(CoordinatorError) as caught:
+            Client(path, timeout_s=0.1)
+        assert str(caught.value).startswith(f"no coordinator answers at {path}: {why}")
+
+
 def test_two_coordinators_do_not_share_a_socket(running):
     with coordinator(new_name()) as other:
         other.process.signal(signal.SIGTERM)
