@@ -120,6 +120,12 @@ def run(flags: FlagSet) -> int:
     chosen = [*policies, *(["fair"] * bool(flags.slices))]
     # What is checked together with the policy must fit one of those that run.
     fitting = next((one for one in chosen if one in SWAPPING), chosen[0])
+    for name in ("slice_steps", "tbt_slo_ms"):
+        if flags.slices and flags.given(name) and "fair" not in policies:
+            raise UsageError(
+                f"flag --{name} means nothing to the runs of --slices={flags.slices}; add fair to "
+                "--policies"
+            )
     config = common.engine_config(flags, chosen, policy=fitting)
     if names == ["load"] or names == ["trace"]:
         return _run_load(flags, config, policies, names[0])

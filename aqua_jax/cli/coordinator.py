@@ -109,8 +109,8 @@ def run(flags: FlagSet) -> int:
         try:
             asyncio.run(serve())
         except ConfigError as error:
-            raise UsageError(
-                f"flag --{'socket' if error.field == 'listen' else error.field}: got "
-                f"{error.value!r}; allowed: {error.allowed}"
-            ) from None
+            flag, value = error.field, error.value
+            if flag == "listen":  # at the path, or at the one beside it
+                flag, value = "socket", flags.socket
+            raise UsageError(f"flag --{flag}={value}: allowed: {error.allowed}") from None
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
 
 # Flags that mean something only under some policies.
 POLICY_FLAGS = {"slice_steps": ("fair",), "tbt_slo_ms": ("fair",), "verify_pages": SWAPPING}
+# Flags that mean something only with --lend.
+LEND_FLAGS = ("lend_reserve", "lend_hold_s", "lend_deadline_s", "lend_bandwidth")
 
 # Fields of SamplingParams that a command line has no use for.
 NO_FLAG = ("detokenize",)
@@ -204,10 +207,11 @@ def define_sampling_flags(flags: FlagSet, title: str = "Sampling") -> None:
                       0, LOGPROBS_LIMIT)
 
 
-def as_usage(error: FieldError) -> UsageError:
-    """A field's error in the words of the command line."""
+def as_usage(error: FieldError, flags: FlagSet) -> UsageError:
+    """A field's error in the words of the command line, where nothing is called null."""
     flag = SAMPLING_FLAGS.get(error.field, error.field)
-    return UsageError(f"flag --{flag}={error.value}: allowed: {error.allowed}")
+    allowed = re.sub(r"\bnull\b", "none given", error.allowed)
+    return UsageError(f"flag --{flag}={flags.written(flag, error.value)}: allowed: {allowed}")
 
 
 def engine_config(
@@ -234,11 +238,19 @@ def engine_config(
                 f"flag --{name} means nothing to policy {', '.join(policies)}; it is for "
                 + ", ".join(meant)
             )
+    if flags.given("tbt_slo_ms") and flags.slice_steps is not None:
+        raise UsageError(
+            f"flag --tbt_slo_ms means nothing with --slice_steps={flags.slice_steps}; it is for "
+            "automatic slices"
+        )
+    for name in LEND_FLAGS:
+        if flags.given(name) and flags.lend == "off":
+            raise UsageError(f"flag --{name} means nothing without --lend=auto")
     values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(EngineConfig)}
     try:
         return EngineConfig(**{**values, **overrides})
     except FieldError as error:
-        raise as_usage(error) from None
+        raise as_usage(error, flags) from None
 
 
 def sampling_params(flags: FlagSet) -> SamplingParams:
@@ -261,7 +273,7 @@ def sampling_params(flags: FlagSet) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except FieldError as error:
-        raise as_usage(error) from None
+        raise as_usage(error, flags) from None
 
 
 def summary(config: EngineConfig) -> str:

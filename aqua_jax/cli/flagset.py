@@ -132,6 +132,11 @@ class FlagSet:
         """Whether flag `name` stood on the command line."""
         return bool(self.values[name].present)
 
+    def written(self, name: str, value: Any) -> str:
+        """A value of flag `name` as one would write it."""
+        known = name in self._hints and isinstance(self.values[name].parser, parsers.SizeParser)
+        return parsers.format_size(value) if known and isinstance(value, int) else str(value)
+
     def help(self) -> str:
         """All groups with their flags, defaults and meanings."""
         blocks = []
@@ -149,10 +154,8 @@ class FlagSet:
         default = flag.default
         if flag.boolean:
             shown = "on" if default else "off"
-        elif isinstance(flag.parser, parsers.SizeParser) and default is not None:
-            shown = parsers.format_size(default)
         else:
-            shown = "" if default in (None, [], "") else str(default)
+            shown = "" if default in (None, [], "") else self.written(name, default)
         text = self._texts[name] + (f" (default: {shown})" if shown else "")
         indent = " " * 8
         return [

@@ -12,6 +12,10 @@ from aqua_jax.cli.parsers import format_size
 from aqua_jax.cli.signals import StopSignal, stop_signals
 from aqua_jax.errors import ConfigError
 
+# Flags that mean something only with --socket, or with --listen.
+_ONLY = {
+    "socket": ("domain", "lend_bandwidth", "scrub"), "listen": ("max_clients", "resize"),
+}
 _LOOK_S = 0.1  # between two looks at what has come back
 
 
@@ -110,6 +114,10 @@ def run(flags: FlagSet) -> int:
             "either --socket, a coordinator's, or --listen is required: the path of a socket, or "
             "@name"
         )
+    for way, names in _ONLY.items():
+        for name in names:
+            if flags.given(name) and not getattr(flags, way):
+                raise UsageError(f"flag --{name} means nothing without --{way}")
     if flags.bytes is None:
         raise UsageError("--bytes is required: how much to lend, such as 1GiB")
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from aqua_jax.cli.flagset import HELP_WIDTH, FlagSet, UsageError
 
+_HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")  # absl's words, too
 OK, SOME_FAILED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
       The exit status.
     """
     arguments = list(arguments)
-    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+    if not arguments or arguments[0] in (*_HELP, "help"):
         topic = _find(arguments[1]) if len(arguments) > 1 else None
         if topic is None:
             print(overview())
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = FlagSet()
     module.define(flags)
     rest = arguments[1:]
-    if any(argument in ("--help", "-h", "-help") for argument in rest):
+    if any(argument in _HELP for argument in rest):
         print(command_help(command, flags))
         return OK
     try:

@@ -89,7 +89,7 @@ def run(flags: FlagSet) -> int:
         keys = Keys.read(config.api_key_file) if config.api_key_file else Keys([])
         bound = http.bind(config.host, config.port)
     except ConfigError as error:
-        raise common.as_usage(error) from None
+        raise common.as_usage(error, flags) from None
     with bound:
         _allow_connections()
         # The event loop works in short bursts; the step loop shouldn't wait for the usual 5 ms

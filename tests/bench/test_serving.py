@@ -339,6 +339,9 @@ def test_the_command_runs_a_trace_on_a_tiny_model(tmp_path, capsys):
     (["--workload=burst", "--arrivals=poisson", "--burstiness=3"], ["--burstiness needs"]),
     (["--workload=burst", "--slices=5,x"], ["--slices=5,x", "integers >= 1"]),
     (["--workload=burst", "--slices=5,5"], ["each once"]),
+    (["--workload=burst", "--slices=5", "--policies=fcfs", "--slice_steps=3"],
+     ["--slice_steps", "--slices=5", "add fair"]),
+    (["--workload=burst", "--slices=5", "--policies=fcfs", "--tbt_slo_ms=3"], ["--tbt_slo_ms"]),
 ])
 def test_flags_that_mean_nothing_are_errors_that_name_them(flags, words, capsys):
     assert main.main(["bench", "--model=m", *flags]) == 2

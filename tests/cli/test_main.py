@@ -98,7 +98,7 @@ def test_help_is_quick_and_imports_no_jax():
         ),
         (
             ("serve", "--model=x", "--policy=fcfs", "--host_kv_memory=1GiB"),
-            ["--host_kv_memory=", "0 or null with policy fcfs"],
+            ["--host_kv_memory=1GiB", "0 or none given with policy fcfs"],
         ),
         (
             ("serve", "--model=x", "--policy=priority", "--slice_steps=4"),
@@ -113,6 +113,25 @@ def test_help_is_quick_and_imports_no_jax():
             ("generate", "--model=x", "--prompt=p", "--policy=fcfs", "--verify_pages"),
             ["--verify_pages", "policy fcfs", "fair, fcfs_swap, priority"],
         ),
+        (
+            ("serve", "--model=x", "--slice_steps=8", "--tbt_slo_ms=100"),
+            ["--tbt_slo_ms", "--slice_steps=8", "automatic slices"],
+        ),
+        (("serve", "--model=x", "--lend_hold_s=1"), ["--lend_hold_s", "without --lend=auto"]),
+        (
+            ("serve", "--model=x", "--peer_kv_memory=1MiB"),
+            ["--peer_kv_memory=1MiB", "none given without a peer"],
+        ),
+        (
+            ("lend", "--listen=@x", "--bytes=1MiB", "--scrub"),
+            ["--scrub means nothing without --socket"],
+        ),
+        (
+            ("lend", "--socket=@x", "--bytes=1MiB", "--resize"),
+            ["--resize means nothing without --listen"],
+        ),
+        (("lend", "--listen=/no/such/x", "--bytes=1MiB"), ["--listen=/no/such/x", "directory"]),
+        (("coordinator", "--socket=/no/such/x"), ["--socket=/no/such/x:", "directory"]),
     ],
 )
 def test_wrong_usage_is_a_short_message_and_status_2(capsys, arguments, words):
@@ -179,12 +198,11 @@ def test_flags_set_every_field():
     common.define_model_flags(flags)
     common.define_engine_flags(flags)
     flags.parse([
-        "--model=m", "--kv_cache_memory=1.5GiB", "--slice_steps=9", "--tbt_slo_ms=5",
-        "--tensor_parallel=2",
+        "--model=m", "--kv_cache_memory=1.5GiB", "--tbt_slo_ms=5", "--tensor_parallel=2",
     ])
     config = common.engine_config(flags)
     assert config.tensor_parallel == 2
-    assert (config.kv_cache_memory, config.slice_steps, config.tbt_slo_ms) == (3 << 29, 9, 5.0)
+    assert (config.kv_cache_memory, config.slice_steps, config.tbt_slo_ms) == (3 << 29, None, 5.0)
 
 
 @pytest.mark.parametrize(
