@@ -8,7 +8,7 @@ come from pages or length stops. Turns, admissions and moves depend on measured 
 whoever didn't fit then doesn't fit now, and none of the rest is looked at again.
 
 A coasted step leaves everything as `Scheduler.plan` would have left it: page tables, counters, the
-policy's accounts, which cached page goes first (`tests/scheduling/test_steady.py`). It is for
+policy's accounts, which cached page goes first (`tests/simulation/test_skipping.py`). It is for
 whoever has no use for the plans themselves: the simulator.
 """
 

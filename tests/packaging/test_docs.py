@@ -10,11 +10,15 @@ import sys
 
 import pytest
 
+from aqua_jax.cli.main import COMMANDS
 from tests.packaging.test_architecture import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Absolute paths of one machine, spelled so as not to match themselves.
 MACHINE = re.compile(r"(^|[^\w.~/})-])/(wo" r"rk|ro" r"ot|ho" r"me|fa" r"rm)/|/tm" r"p/[a-z]+\d")
+
+# Files of this tree, as sources name them.
+NAMED = re.compile(r"(?<![\w/])(?:tests|scripts|aqua_jax|docs)/[\w/]+\.(?:py|md)\b")
 
 
 def read(path: pathlib.Path) -> str:
@@ -75,6 +79,19 @@ def test_architecture_names_only_files_that_exist() -> None:
     assert not gone, f"docs/architecture.md speaks of {gone}"
 
 
+def test_sources_speak_of_files_that_exist() -> None:
+    gone = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in ("aqua_jax", "models", "scripts", "tests", "ffi")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".cc", ".h", ".cu", ".cuh", ".inc", ".proto")
+        and not path.is_relative_to(ROOT / "aqua_jax" / "models")
+        for name in NAMED.findall(read(path))
+        if not (ROOT / name).exists()
+    ]
+    assert not gone, "\n".join(gone)
+
+
 def help_of(command: str) -> str:
     """What `aqua-jax COMMAND --help` prints."""
     done = subprocess.run(
@@ -86,15 +103,19 @@ def help_of(command: str) -> str:
 
 
 def test_commands_in_the_documents_have_the_flags_they_show() -> None:
+    commands = {command.name for command in COMMANDS}
     texts = [read(document) for document in DOCUMENTS]
     texts += [read(ROOT / "Makefile"), read(ROOT / "scripts" / "demo.py")]
     used: dict[str, set[str]] = {}
     for text in texts:
+        # Lines that go on in the next one, in shells and in code within prose.
+        text = re.sub(r"\\\n", " ", text)
+        text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda code: code[0].replace("\n", " "), text)
         # `aqua-jax COMMAND ...` in prose and recipes, `("title", "COMMAND ...")` in the demo.
-        shown = r"(?:aqua-jax |\", \")(generate|batch|bench|serve)\b([^\n]*)"
+        shown = rf"(?:aqua-jax |\", \")({'|'.join(commands)})\b([^\n`|;&]*)"
         for command, rest in re.findall(shown, text):
             used.setdefault(command, set()).update(re.findall(r"--([a-z_]+)", rest))
-    assert set(used) == {"generate", "batch", "bench", "serve"}
+    assert set(used) == commands
     for command, flags in used.items():
         known = set(re.findall(r"--(?:\[no\])?([a-z_]+)", help_of(command)))
         unknown = flags - known - {"help"}
