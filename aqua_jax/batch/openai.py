@@ -1,7 +1,7 @@
 """OpenAI's Batch dialect: lines `{custom_id, method, url, body}` and their response records.
 
 Reference: OpenAI's "Batch API" and "Chat Completions" documentation. Extra sampling fields are
-accepted in the body under vLLM's names. No jax.
+accepted in the body under vLLM's names, weight and priority as in our own lines. No jax.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import time
 from typing import Any
 
 from aqua_jax.batch import dialect
-from aqua_jax.batch.requests import CHAT, COMPLETIONS, BatchRequest, RequestId, refuse_unknown
+from aqua_jax.batch.requests import (
+    CHAT,
+    COMPLETIONS,
+    BatchRequest,
+    RequestId,
+    refuse_unknown,
+    scheduling_fields,
+)
 from aqua_jax.config import LOGPROBS_LIMIT, SamplingParams
 from aqua_jax.engine.outputs import CompletionOutput, RequestOutput
 from aqua_jax.errors import RequestError
@@ -24,7 +31,10 @@ _SAME = (
     "top_k", "min_p", "min_tokens", "stop_token_ids", "ignore_eos", "repetition_penalty",
     "include_stop_str_in_output", "skip_special_tokens",
 )
-_BOTH = (*_SAME, "model", "max_tokens", "user", "stream", "logprobs", "metadata", "store")
+_BOTH = (
+    *_SAME, "model", "max_tokens", "user", "weight", "priority", "stream", "logprobs", "metadata",
+    "store",
+)
 _CHAT_FIELDS = (*_BOTH, "messages", "max_completion_tokens", "top_logprobs", "response_format")
 _COMPLETION_FIELDS = (*_BOTH, "prompt", "echo", "best_of")
 
@@ -64,9 +74,8 @@ def _parse_body(
 ) -> BatchRequest:
     refuse_unknown(body, _CHAT_FIELDS if url == CHAT else _COMPLETION_FIELDS)
     body = {name: value for name, value in body.items() if value is not None}
-    for name in ("model", "user"):
-        if not isinstance(body.get(name, ""), str):
-            raise RequestError(name, body[name], "text")
+    if not isinstance(body.get("model", ""), str):
+        raise RequestError("model", body["model"], "text")
     if body.get("stream", False) is not False:
         raise RequestError("stream", body["stream"], "false: a batch doesn't stream")
     changes = {name: body[name] for name in _SAME if name in body}
@@ -79,7 +88,7 @@ def _parse_body(
         changes.update(_completion_changes(body))
     return BatchRequest(
         key, line, url, prompt, messages, dataclasses.replace(defaults, **changes),
-        model=body.get("model"), user=body.get("user", ""), size=size,
+        model=body.get("model"), size=size, **scheduling_fields(body),
     )
 
 

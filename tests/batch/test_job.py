@@ -116,6 +116,8 @@ BAD_LINES = [
     ({"custom_id": "x", "body": {"prompt": "p", "tools": []}}, "body.tools"),
     ({"custom_id": "x", "body": {"prompt": "p", "stream": True}}, "body.stream"),
     ({"custom_id": "x", "body": {"prompt": "p", "n": 0}}, "body.n"),
+    ({"custom_id": "x", "body": {"prompt": "p", "weight": 0}}, "body.weight"),
+    ({"custom_id": "x", "body": {"prompt": "p", "priority": "high"}}, "body.priority"),
     ({"custom_id": "x", "body": {"messages": "hi"}}, "body.messages"),
     ({"custom_id": "x", "body": {"messages": [{"role": "user", "content": "a"}],
                                  "top_logprobs": 2}}, "body.top_logprobs"),

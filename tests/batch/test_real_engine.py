@@ -62,3 +62,31 @@ def test_no_request_however_odd_stops_the_engine(tmp_path):
     assert all(record["error"]["field"] for record in records if "error" in record)
     assert result.answered > 30 and result.answered + result.errors == len(lines)
     assert stats["pool_resets"] == 0 and stats["pages"]["in_use"] == 0
+
+
+def test_user_weight_and_priority_of_lines_reach_the_scheduler(tmp_path):
+    model = write_text_model(tmp_path / "model")
+    engine = Engine(EngineConfig(
+        model=str(model), load_format="dummy", dtype="float32", kv_cache_tokens=512,
+        max_num_seqs=4, max_step_tokens=64, warmup="none", policy="fair",
+    ))
+    seen, add = [], engine.scheduler.add
+
+    def note(sequence):
+        seen.append((sequence.user, sequence.weight, sequence.priority))
+        add(sequence)
+
+    engine.scheduler.add = note
+    own = {"prompt": "fox", "max_tokens": 1}
+    lines = [
+        {"id": 0, "user": "ann", "weight": 2, "priority": -3, **own}, {"id": 1, **own},
+        {"custom_id": "2", "method": "POST", "url": "/v1/completions",
+         "body": {**own, "user": "bo", "weight": 0.5, "priority": 4}},
+    ]
+    journal = Journal(tmp_path / "out.jsonl")
+    job = Job(journal, lambda: engine, defaults=SamplingParams(), max_live=1)
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    result = job.run(io.BytesIO(data), Progress(0, enabled=False))
+    journal.close()
+    assert (result.answered, result.errors) == (3, 0)
+    assert seen == [("ann", 2.0, -3), ("", 1.0, 0), ("bo", 0.5, 4)]

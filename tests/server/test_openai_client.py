@@ -180,6 +180,23 @@ def test_what_cannot_change_the_text_is_ignored(client):
     assert answer.choices[0].message.role == "assistant"
 
 
+def test_user_weight_and_priority_reach_the_scheduler(client, served, monkeypatch):
+    seen, scheduler = [], served.engine._engine.scheduler
+    add = scheduler.add
+
+    def note(sequence):
+        seen.append((sequence.user, sequence.weight, sequence.priority))
+        add(sequence)
+
+    monkeypatch.setattr(scheduler, "add", note)
+    ask = {"model": MODEL, "max_tokens": 1}
+    body = {"weight": 2.5, "priority": -3}
+    client.completions.create(prompt="x", user="ann", extra_body=body, **ask)
+    client.chat.completions.create(messages=CHAT, user="bo", extra_body=body, n=2, **ask)
+    client.completions.create(prompt="x", **ask)
+    assert seen == [("ann", 2.5, -3), *[("bo", 2.5, -3)] * 2, ("", 1.0, 0)]
+
+
 def test_an_unknown_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="gpt-9", prompt="x")
