@@ -1,8 +1,9 @@
 """What borrowing through a coordinator costs those who use it.
 
 Starts a coordinator, lends and borrows, and prints: reading the flags that a step loop looks at;
+`respond()` of an engine's pager and of an `Aqua` when nothing is asked, with few leases and many;
 from a request to mapped memory; from a lender's wish to the borrower's flag; from the last byte
-given back to the lender's. Nothing here needs jax.
+given back to the lender's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,24 @@ import sys
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
+from aqua_jax.engine.pager import Pager
 from aqua_jax.errors import CoordinatorError
+from aqua_jax.memory import Aqua
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.client import Client
+from aqua_jax.memory.loan import Loan
+from aqua_jax.memory.pace import Pace
+from aqua_jax.memory.stores import HostStore, PeerStore
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.residency import Residency
 
 MIB = 1 << 20
+# A pool of 8 pages of 64 KiB, as far as the pager has to know.
+_POOL = jax.ShapeDtypeStruct((8, 4, 2, 16, 4, 32), jnp.float32)
+_PAGE = 64 << 10
 
 
 def _show(name: str, seconds: list[float]) -> None:
@@ -48,6 +62,52 @@ def _connect(path: str) -> Client:
             time.sleep(0.05)
 
 
+def _each(action: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds that it takes, each a mean over 100."""
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(100):
+            action()
+        found.append((time.perf_counter() - start) / 100)
+    return found
+
+
+def _pager(loans: list[Loan]) -> Pager:
+    """Over stores in these loans, with a cap, before one at the host that has pages in it."""
+    pace = Pace(1 << 30, _PAGE)
+    host = HostStore(16 * _PAGE, _PAGE, 16)
+    stores = [*(PeerStore(loan, _PAGE, 16, pace=pace) for loan in loans), host]
+    for slot in host.allocate(4) or ():
+        host.fill(slot, 16)
+    for store in stores[:-1]:
+        store.allocate(store.capacity)
+    planner = Residency(PagePool(8, 16), stores)
+    return Pager(planner, stores, _POOL, delayed=lambda seconds: None)
+
+
+def _respond(path: str, client: Client, rounds: int) -> None:
+    """What a step boundary costs at which nothing is asked."""
+    for count in (1, 32):
+        loans = [loan for _ in range(count) for loan in client.borrow(8 * _PAGE, unit=_PAGE) or ()]
+        pager = _pager(loans)
+
+        def boundary(pager: Pager = pager) -> None:
+            pager.poll()
+            pager.respond()
+
+        _show(f"Pager.respond, {count} leases", _each(pager.respond, rounds))
+        _show(f"Pager.poll and respond, {count} leases", _each(boundary, rounds))
+        pager.close()
+    with Aqua(path) as aqua:
+        for count in (1, 1000):
+            handles = [aqua.offload(jnp.ones(256)) for _ in range(count)]
+            aqua.respond()
+            _show(f"Aqua.respond, {count} arrays", _each(aqua.respond, rounds))
+            for handle in handles:
+                handle.free()
+
+
 def main(rounds: int = 200) -> None:
     """Prints the figures."""
     path = f"@aqua-cost-{os.getpid()}"
@@ -69,6 +129,7 @@ def main(rounds: int = 200) -> None:
                 wants.append((time.perf_counter() - start) / 1000)
             _show("Client.wanted, nothing asked", flags)
             _show("Loan.wanted_back, nothing asked", wants)
+            _respond(path, client, rounds)
             asked, backs = [], []
             for _ in range(rounds):
                 start = time.perf_counter()

@@ -80,6 +80,11 @@ class Borrowing:
         missing = self._limit - held
         return missing if missing >= self._slot_bytes else 0
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `take` has something."""
+        return bool(self._tier.arrivals)
+
     def take(self) -> tuple[PeerStore, ...]:
         """Stores that have come since the last time, and says what else is wished for."""
         come: list[PeerStore] = []

@@ -30,6 +30,7 @@ from aqua_jax.engine.borrowing import Borrowing
 from aqua_jax.engine.copies import PoolCopies, numbers
 from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
+from aqua_jax.memory.lease import Bell
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops import pinning
@@ -48,8 +49,9 @@ _LONG_NAP_S = 500e-6
 _NANO = 1e-9
 _NAMES = {status.value: status.name for status in Status}
 _DONE = Status.DONE.name
-# Climbing: bytes on their way at a time, and seconds that lenders have wanted nothing before.
-_CLIMB_BYTES, _CALM_S = 8 << 20, 1.0
+# Climbing: bytes on their way at a time, seconds that lenders have wanted nothing before, and
+# between two looks when nothing could climb.
+_CLIMB_BYTES, _CALM_S, _REST_S = 8 << 20, 1.0, 0.01
 # What a lender wants is copied in a moment, and would else be given back a step later; the device
 # has a step to run meanwhile.
 _RESPOND_S = 0.02
@@ -134,7 +136,15 @@ class Pager:
         self._tiers = [_Tier(store, _segment(store)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
         self._shifter = Shifter(pinning.copier())
-        self._calm_at = 0.0  # on time.monotonic(): from then on copies may climb
+        self._climb_at = 0.0  # on time.monotonic(): from then on copies may climb
+        self._bell = Bell()  # a lender wants something, is gone, or what it wanted is under way
+        self._changed = True  # stores may have to be left
+        peers = [store for store in stores if isinstance(store, PeerStore)]
+        for store in peers:
+            store.lease.ring(self._bell)
+        # From where copies climb, if there is anywhere to climb to.
+        lowest = stores[-1] if stores else None
+        self._lowest = lowest if (peers or borrowing) and isinstance(lowest, HostStore) else None
         self._token_bytes = self._copies.page_bytes // kv.shape[3]  # in all layers
         self._climb = max(1, _CLIMB_BYTES // self._copies.page_bytes)
         self._parts: dict[tuple[int, int], Part] = {}
@@ -245,6 +255,7 @@ class Pager:
             if status:
                 self._report(move, _NAMES[status], checksum)
         self._observe_copies()
+        self._tell_delay()
         return ended + len(moves) - len(self._under_way)
 
     def _observe_copies(self) -> None:
@@ -278,6 +289,11 @@ class Pager:
 
     def _tend_stores(self) -> None:
         """Leaves stores that are lost or given back; takes in those that have come."""
+        borrowing = self._borrowing
+        come = borrowing is not None and borrowing.arrived
+        if not (self._changed or self._bell.rung or come):
+            return
+        self._changed = False
         for tier in list(self._tiers):
             store = tier.store
             if tier.closed or not (store.lost or store.capacity == 0):
@@ -286,9 +302,11 @@ class Pager:
                 tier.segment.retire(abandon=True)
             if store.in_use == 0:
                 self._leave(tier)
-        if self._borrowing is None:
+            self._changed |= not tier.closed
+        if borrowing is None:
             return
-        for store in self._borrowing.take():
+        for store in borrowing.take():
+            store.lease.ring(self._bell)
             tier = _Tier(store, _segment(store))
             self._tiers.append(tier)
             self._by_store[id(store)] = tier
@@ -342,17 +360,41 @@ class Pager:
         return ended
 
     def respond(self) -> None:
-        """Gives back what lenders want; cheap when they want nothing. Copies climb when no move
-        is under way."""
-        now = time.monotonic()
-        wanted = any(tier.store.wanted_slots for tier in self._tiers)
+        """Gives back what lenders want; a look at one flag, however many leases there are, when
+        they want nothing. Copies climb when no move is under way."""
+        if self._bell.rung:
+            self._answer()
+        elif self._lowest is not None and self._lowest.in_use and not self._planner.outstanding:
+            self._climb_some()
+        if self._page_delay_s:
+            self._tell_delay()
+
+    def _answer(self) -> None:
+        self._bell.rung = False  # before looking: what comes in between is seen next time
+        self._changed = True
+        now, tiers = time.monotonic(), self._tiers
+        wanted = any(tier.store.wanted_slots for tier in tiers)
         if wanted:
-            self._calm_at = now + _CALM_S
-        idle = now >= self._calm_at and not self._planner.outstanding
+            self._climb_at = now + _CALM_S
+        idle = now >= self._climb_at and not self._planner.outstanding
         self._planner.respond(self._shifter.begin, self._climb if idle else 0)
         if wanted and self._shifter.under_way:
             self._shifter.linger(_RESPOND_S)
             self._planner.respond(self._shifter.begin, 0)
+        if self._planner.shifting or (wanted and any(tier.store.wanted_slots for tier in tiers)):
+            self._bell.rung = True  # and again at the next boundary
+        self._tell_delay()
+
+    def _climb_some(self) -> None:
+        now = time.monotonic()
+        if now >= self._climb_at:
+            self._planner.respond(self._shifter.begin, self._climb)
+            if self._planner.shifting:
+                self._bell.rung = True
+            else:
+                self._climb_at = now + _REST_S
+
+    def _tell_delay(self) -> None:
         if self._delayed is not None and self._borrowing is not None and self._borrowing.paces:
             delay = self._planner.tiers.paced_page_s
             if delay != self._page_delay_s:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from aqua_jax.errors import ContentLostError, StaleHandleError, StoreFullError
 from aqua_jax.memory import copies, segments
 from aqua_jax.memory.copies import Span
+from aqua_jax.memory.lease import Bell
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.policies import Policy, TierView
 from aqua_jax.memory.segments import Piece, Segment, Tier
@@ -92,6 +93,7 @@ class Contents:
       counters: what has been done.
       changed: the lock over everything, and told when copies end.
       below: contents that may have chunks which the policy would move up.
+      bell: rings when `respond` may have something to do, the passing of time aside.
       climb_due: there may be room for them.
       tidy_at: when `tidy` has something to do.
       orphans: contents whose owners are gone, not let go of yet.
@@ -116,6 +118,7 @@ class Contents:
         self.counters = Counters()
         self.changed = threading.Condition()
         self.below: dict[Content, None] = {}
+        self.bell = Bell()
         self.climb_due = False
         self.tidy_at = math.inf
         self.orphans: deque[Content] = deque()
@@ -183,7 +186,7 @@ class Contents:
                         fresh.close()
                     self._check_open()
                     if fresh is not None:
-                        segments.adopt(tier, fresh)
+                        self._adopt(tier, fresh)
                     self.adopt_arrivals()
                     # Also when nothing came: another thread may have been given it.
                     piece = segments.allocate(tier, size)
@@ -211,6 +214,7 @@ class Contents:
     def abandon(self, content: Content) -> None:
         """As `free`, from a finalizer: takes no lock, done by the next call; may be repeated."""
         self.orphans.append(content)
+        self.bell.rung = True
 
     # Copies.
 
@@ -360,6 +364,7 @@ class Contents:
                 self.release_piece(piece)
             places.clear()
         self.tidy()
+        self.bell.rung = True  # `tidy_at` may have changed
         if self.peers is not None and not self.below:
             self.peers.wish(0)
 
@@ -391,7 +396,7 @@ class Contents:
             segment.extents.release(piece.extent)
             segment.owners.pop(piece.extent.offset, None)
             if self.below and segment.tier != self._lowest:
-                self.climb_due = True
+                self._climb()
 
     def drop(self, tier: Tier, segment: Segment) -> None:
         """Takes a segment out of its tier; it is closed after the copies in it."""
@@ -401,8 +406,16 @@ class Contents:
     def adopt_arrivals(self) -> None:
         """Takes in what was borrowed in the background."""
         while self.peers is not None and self.peers.arrivals:
-            segments.adopt(self.peers, self.peers.arrivals.popleft())
-            self.climb_due = True
+            self._adopt(self.peers, self.peers.arrivals.popleft())
+            self._climb()
+
+    def _adopt(self, tier: Tier, segment: Segment) -> None:
+        segments.adopt(tier, segment)
+        segment.watch(self.bell)
+
+    def _climb(self) -> None:
+        """There may be room further up."""
+        self.climb_due = self.bell.rung = True
 
     def elsewhere(self, content: Content, index: int, segment: Segment) -> bool:
         """Whether a chunk can be read without a segment."""
@@ -435,4 +448,4 @@ class Contents:
         """Remembers a chunk that the policy would move up."""
         if content not in self.below and self.better(content, index):
             self.below[content] = None
-            self.climb_due = True
+            self._climb()

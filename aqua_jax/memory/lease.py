@@ -38,12 +38,25 @@ class LeasedRange(Protocol):
         """Unmaps it."""
 
 
+class Bell:
+    """Says that something about one of many leases has changed: one look instead of one at each.
+
+    Attributes:
+      rung: set by whoever hears from lenders; whoever answers clears it first, and looks then.
+    """
+
+    __slots__ = ("rung",)
+
+    def __init__(self) -> None:
+        self.rung = True  # nobody has looked yet
+
+
 class Lease:
     """A range of another process's arena, mapped here until it is given back.
 
-    `alive`, `wanted_back` and `deadline` are set by the thread that listens to the lender, and are
-    plain attributes: reading them costs well under a microsecond and never waits. Everything else
-    belongs to one thread, the one that copies.
+    `alive`, `wanted_back` and `deadline` are set by the thread that listens to the lender: reading
+    them costs well under a microsecond and never waits. So does `bell.rung`, which goes with each
+    change of `alive` and `keep`. Everything else belongs to one thread, the one that copies.
 
     Offsets are in bytes from the start of the lease.
 
@@ -53,7 +66,8 @@ class Lease:
       held: which of them have not been given back.
       alive: whether the lender is there. When it is gone the mapping stays valid, so copies under
         way do no harm, but what was stored counts as lost.
-      keep: bytes the lender lets us keep; `size` when it wants nothing back.
+      keep: bytes the lender lets us keep; `size` when it wants nothing back. Set after `deadline`.
+      bell: see `ring`.
       deadline: `time.monotonic()` by which it wants the rest; None when it wants nothing.
       lender: the lender's name, if it has one.
     """
@@ -71,18 +85,44 @@ class Lease:
         """
         self._arena, self._release, self._on_close = arena, release, closed
         self.before_unmap: Callable[[], None] | None = None
+        self.bell = Bell()
         self.generation = generation
         self.size = arena.size
         self.held = Intervals([(0, arena.size)])
-        self.alive = True
-        self.keep = arena.size
+        self._alive = True
+        self._keep = arena.size
         self.deadline: float | None = None
         self.lender = ""
+
+    def ring(self, bell: Bell) -> None:
+        """Rings this bell from now on, and once at once: it may have rung before."""
+        self.bell = bell
+        bell.rung = True
+
+    @property
+    def alive(self) -> bool:
+        """Whether the lender is there."""
+        return self._alive
+
+    @alive.setter
+    def alive(self, value: bool) -> None:
+        self._alive = value
+        self.bell.rung = True
+
+    @property
+    def keep(self) -> int:
+        """Bytes the lender lets us keep."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, value: int) -> None:
+        self._keep = value
+        self.bell.rung = True
 
     @property
     def wanted_back(self) -> int:
         """Bytes the lender wants back now; 0: nothing."""
-        return max(0, self.held.total - self.keep)
+        return max(0, self.held.total - self._keep)
 
     @property
     def address(self) -> int:
@@ -157,7 +197,7 @@ class Lease:
         self._arena.close()
         for start, end in ranges:
             self._release(self, start, end - start)
-        self.alive = False
+        self._alive = False
         self._on_close(self)
 
     def __enter__(self) -> Lease:

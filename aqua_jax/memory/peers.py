@@ -121,14 +121,6 @@ class PeerTier:
         lease.before_unmap = functools.partial(self._pins.unpin, lease.address, lease.size)
         return True
 
-    def asked(self) -> bool:
-        """Whether a lender wants memory back, or is gone: some flags, no lock."""
-        for segment in self.segments:
-            lease = segment.lease  # type: ignore[attr-defined]
-            if not lease.alive or lease.keep < lease.held.total:
-                return True
-        return False
-
     def wish(self, size: int) -> None:
         """Says how many bytes more would be of use; 0: none. Doesn't wait."""
         self._wished = size

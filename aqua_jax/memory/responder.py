@@ -6,6 +6,7 @@ after each copy whether what was copied still counted.
 
 from __future__ import annotations
 
+import math
 import threading
 
 from aqua_jax.memory import copies, segments
@@ -33,17 +34,15 @@ class Responder:
         self._climb_bytes, self._hold_s = climb_bytes, hold_s
         self._busy = threading.Lock()  # one `respond` at a time
         self._climb_after = float("-inf")
+        self._due_at = math.inf  # when something is to be done though no bell has rung
+        # What lies here has been borrowed in the background.
+        self._arrivals = () if contents.peers is None else contents.peers.arrivals
 
     def asked(self) -> bool:
-        """Whether `respond` has anything to do; takes no lock and waits for nobody."""
+        """Whether `respond` may have something to do: two flags and the clock, whatever there is;
+        takes no lock and waits for nobody."""
         contents = self._contents
-        peers = contents.peers
-        if peers is not None and (peers.asked() or peers.arrivals):
-            return True
-        now = contents.clock()
-        if contents.climb_due and now >= self._climb_after:
-            return True
-        return now >= contents.tidy_at or bool(contents.orphans)
+        return contents.bell.rung or bool(self._arrivals) or contents.clock() >= self._due_at
 
     def respond(self) -> int:
         """Does what is due: gives back what lenders want, notices their deaths, lets chunks climb.
@@ -53,23 +52,34 @@ class Responder:
         """
         if not self.asked() or not self._busy.acquire(blocking=False):
             return 0
+        contents, moved, again = self._contents, 0, True
+        contents.bell.rung = False  # before looking: what comes in between is seen next time
         try:
-            contents, moved = self._contents, 0
             with contents.changed:
                 if contents.closed:
+                    again = False
                     return 0
                 contents.bury()
                 contents.adopt_arrivals()
                 self._reap()
                 contents.tidy()
+            again = False
             if contents.peers is not None:
                 for segment in contents.peers.segments:
                     assert isinstance(segment, LeaseSegment)
                     moved += self._satisfy(segment)
+                    again |= segment.alive and segment.wanted > 0
             if contents.climb_due and contents.clock() >= self._climb_after:
                 moved += self._climb()
+            climb_at = self._climb_after if contents.climb_due else math.inf
+            self._due_at = min(contents.tidy_at, climb_at)
             return moved
+        except BaseException:
+            again = True
+            raise
         finally:
+            if again:
+                contents.bell.rung = True
             self._busy.release()
 
     def close(self) -> None:

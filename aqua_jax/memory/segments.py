@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from aqua_jax.errors import ConfigError, StoreError
 from aqua_jax.memory.arena import PAGE, Arena, round_up
 from aqua_jax.memory.extents import Extent, Extents
-from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.lease import Bell, Lease
 from aqua_jax.memory.policies import TierView
 
 # A tier grows by at least so much: mapping and faulting in are paid once for many contents.
@@ -56,6 +56,9 @@ class Segment:
     def wanted(self) -> int:
         """Bytes that the memory's owner wants back now."""
         return 0
+
+    def watch(self, bell: Bell) -> None:
+        """Rings this bell when the memory's owner wants something, or is gone."""
 
     def unpin(self) -> None:
         """Ends a copy."""
@@ -108,6 +111,10 @@ class LeaseSegment(Segment):
     def wanted(self) -> int:
         """Bytes that the lender wants back now."""
         return self.lease.wanted_back
+
+    def watch(self, bell: Bell) -> None:
+        """Rings this bell when the lender wants something, or is gone."""
+        self.lease.ring(bell)
 
     def give_back(self, most: int) -> int:
         """Gives free pages back to the lender, about `most` bytes, from the end.

@@ -122,7 +122,7 @@ class Tiers:
         """Seconds by which lenders' caps delay a page that is copied now; 0: there is room that
         has none."""
         rates = []
-        for store in self.stores:
+        for store in reversed(self.stores):  # what has no cap is mostly the last one
             if store.free_slots:
                 if store.pace is None:
                     return 0.0

@@ -252,6 +252,7 @@ def test_a_lender_gets_its_memory_back_while_nothing_runs(tmp_path):
                 assert late.done
 
             paged.planner.responses.append(move_down)
+            stores[0].lease.bell.rung = True
             paged.engine.tend()
             wait_for(lambda: lender.lender.grants.held == 0, "the lender has its memory")
             back = paged.back(5, stores[1], place)
@@ -260,6 +261,37 @@ def test_a_lender_gets_its_memory_back_while_nothing_runs(tmp_path):
             assert paged.planner.ends()[back]
             pages = [page.id for page in paged.pages]
             np.testing.assert_array_equal(paged.content[pages[5]], content[pages[0]])
+
+
+def test_where_nothing_is_wanted_no_lease_is_looked_at(tmp_path, monkeypatch):
+    """Counted: what a boundary costs doesn't depend on how many leases there are."""
+    with lending(16 * PAGE_BYTES) as lender:
+        stores = [*(peer(lender.path, 2) for _ in range(8)), host()]
+        with paged_engine(tmp_path, stores) as paged:
+            pager, looked = paged.pager, []
+            for _ in range(2):
+                pager.poll()
+                pager.respond()
+            with monkeypatch.context() as patched:
+                for name in ("wanted_slots", "lost", "free_slots", "capacity"):
+                    patched.setattr(PeerStore, name, property(looked.append))
+                paged.planner.responses.append(looked.append)
+                for _ in range(100):
+                    pager.poll()
+                    pager.respond()
+                assert looked == []
+            paged.planner.responses.clear()
+            # And a wish for any of them is seen.
+            lender.lender.resize(14 * PAGE_BYTES)
+            wait_for(lambda: pager._bell.rung, "it rings")
+            paged.planner.responses.append(looked.append)
+            pager.respond()
+            assert looked and pager._bell.rung, "until it is fulfilled"
+            (wanting,) = [store for store in stores if store.wanted_slots]
+            wanting.give_back(2)
+            wait_for(lambda: lender.lender.grants.held == 14 * PAGE_BYTES, "it is back")
+            pager.respond()
+            assert not pager._bell.rung
 
 
 def test_tickets_that_are_forgotten_have_failed(tmp_path):
@@ -365,6 +397,7 @@ def test_nothing_is_left_when_the_engine_ends(tmp_path, monkeypatch, how):
                         raise KeyError("ours")
 
                     paged.planner.responses.append(broken)
+                    stores[0].lease.bell.rung = True
                     outputs += paged.engine.step()
                 if how != "close":
                     assert [output.finished for output in outputs] == [True]

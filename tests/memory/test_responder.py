@@ -84,6 +84,34 @@ def test_a_move_under_way_when_the_lender_dies_counts_for_nothing(monkeypatch):
     responder.close()
 
 
+def test_where_nothing_is_wanted_nothing_is_looked_at(monkeypatch):
+    """Counted: what it costs depends neither on contents nor on leases."""
+    source, contents, responder, _ = tiers_of(20)
+    held = [filled(contents, 1, i) for i in range(20)]
+    assert len(source.leases) > 3 and contents.views()["peer"].used == 20 * PAGE
+    responder.respond()
+    looked = []
+
+    class Lock:
+        def __enter__(self):
+            looked.append(self)
+
+        def __exit__(self, *_):
+            looked.append(self)
+
+    with monkeypatch.context() as patched:
+        for name in ("wanted", "alive"):
+            patched.setattr(LeaseSegment, name, property(looked.append))
+        patched.setattr(contents, "changed", Lock())
+        for _ in range(100):
+            assert responder.respond() == 0
+        assert looked == []
+    source.leases[2].keep = 0
+    assert responder.respond() > 0 and source.told == source.leases[2].size
+    assert all(bytes_in(contents, content) == i for i, content in enumerate(held))
+    responder.close()
+
+
 def test_policies_refuse_names_that_are_no_tiers():
     for wrong in (
         lambda: Static("none"), lambda: Static("peer", spill=("moon",)), lambda: Dynamic(()),
