@@ -147,6 +147,30 @@ def test_a_broken_rule_shows_under_delays():
     assert not np.array_equal(memory.reshape(4, PAGE), before[23:19:-1])
 
 
+def test_a_ticket_says_nothing_before_its_step_has_run():
+    """Rule 5: `drain` knows nothing of a step to come. Who closes the pool all the same loses its
+    moves, but no byte: memory that goes afterwards is not touched."""
+    kv = full_pool(12)
+    before = as_bytes(kv)
+    memory = np.zeros(2 * PAGE, np.uint8)
+    with Segment(memory) as segment:
+        pool = MovePool.of(kv)
+        early, late = MoveBatch(1, pool), MoveBatch(2, pool)
+        seen = early.copy_out([1], segment, [0])
+        lost = late.copy_out([2], segment, [PAGE])
+        lost = np.concatenate([lost, late.copy_in([3], segment, [0])])
+        assert moves.drain(30) and moves.poll(seen)[0] == Status.PENDING
+        kv = only_moves(kv, early)
+        assert moves.drain(30) and moves.poll(seen)[0] == Status.DONE
+        assert (moves.poll(lost)[0] == Status.PENDING).all()
+        pool.close()
+        kv = only_moves(kv, late)
+        assert moves.drain(30) and (moves.poll(lost)[0] == Status.POOL_STALE).all()
+    np.testing.assert_array_equal(memory.reshape(2, PAGE)[0], before[1])
+    assert not memory[PAGE:].any()
+    np.testing.assert_array_equal(as_bytes(kv), before)
+
+
 def test_in_place():
     """Nothing of the pool's size beside it: the temporaries don't depend on the pool."""
     temporary = []
