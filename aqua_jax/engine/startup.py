@@ -54,7 +54,7 @@ from aqua_jax.scheduling.slices import SliceConfig
 # are handed over at once than would fit into the time of the step.
 _MAX_MOVES = 1024
 # Bytes a second that a page copy is taken to reach until one was timed: one core's memcpy, a slow
-# link. A price that knew neither dropped the first 1,300 tokens of a run instead of copying them.
+# link. A price that knew neither dropped what a run computed first instead of copying it.
 _COPY_RATE = 4e9
 _DEFAULT_POOL = 256 << 20  # bytes, where nothing says how much there is
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

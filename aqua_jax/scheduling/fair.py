@@ -11,20 +11,19 @@ few slices. And what is served beyond a slice while nobody waits is free: it was
 *Sequences* of a user compete by slices: being admitted is charged as one slice, whatever is used of
 it, and each further step that others wait through as what it is; back in the queue, it is at most
 one slice ahead of the clock or behind it. (While nobody waits, whoever runs pays nothing, and the
-clock goes on with every newcomer: without that limit, two requests that had run for 500 steps
-beside brief ones came back with a claim to the next thousand.) Prompts are charged to the user
-alone. Were they charged to the request as well, one with 4,000 prompt tokens would get its first
-slice and then wait until every other has had as much, a hundred turns of 20 steps; so the gap would
-depend on the longest prompt in the house. n samples of a request share the weight of one.
+clock goes on with every newcomer: without that limit, two requests that had run for long beside
+brief ones would come back with a claim to longer still.) Prompts are charged to the user alone.
+Were they charged to the request as well, one with a long prompt would get its first slice and then
+wait until every other has had as much; so the gap would depend on the longest prompt in the house.
+n samples of a request share the weight of one.
 
 A newcomer starts at the clock of its queue, but its first token is worth more than others' next
 ones, so it may go first. A new user starts one slice ahead, paid from a tenth of the service given.
 A new sequence has an *early turn*, ahead of all that wait, as long as no more than `credit_share`
 of its user's turns are early ones, and some more that are saved up; so a stream of newcomers delays
-the others by that share at most. (80 conversations of the Azure trace, at nearly four times what
-fits: with half of all turns for newcomers TTFT p99 was 1.9 s, with three quarters it was 1.2 s. A
-tenth was used up at twice what fits.) Where there are stores, early turns end when these have no
-room left for what is displaced: then more would be begun than can be kept.
+the others by that share at most. (A small one is used up as soon as more comes than fits, and
+first tokens wait for turns again.) Where there are stores, early turns end when these have no room
+left for what is displaced: then more would be begun than can be kept.
 
 Within a slice nothing changes the order, and equal vruntimes go by arrival. So with infinite slices
 and one user this is first come, first served, step for step.
