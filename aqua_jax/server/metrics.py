@@ -145,6 +145,10 @@ _PLAIN = {
     "running": ("aqua_sequences_running", False, "Sequences that hold a slot."),
     "waiting": ("aqua_sequences_waiting", False, "Sequences in the queue, preempted ones too."),
     "swapped": ("aqua_sequences_swapped", False, "Preempted sequences whose pages are kept."),
+    "waiting_bound_steps": (
+        "aqua_waiting_bound_steps", False,
+        "Steps that nobody who could run waits longer than, under the present load.",
+    ),
     "live_requests": ("aqua_requests_live", False, "Requests accepted and not ended."),
     "requests_added": ("aqua_requests", True, "Requests accepted."),
     "requests_finished": ("aqua_requests_finished", True, "Requests ended, however."),

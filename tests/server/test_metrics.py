@@ -165,19 +165,30 @@ def test_snapshots_are_taken_between_steps_and_seldom(tmp_path):
     asyncio.run(run())
 
 
-def test_the_state_names_who_is_there(served):
-    with connect(served.port) as connection:
-        body = {**ASK, "max_tokens": 1500, "n": 2, "user": "ann", "stream": True}
-        connection.sendall(post_bytes("/v1/completions", body))
-        connection.recv(1)
-        time.sleep(0.6)
+def wait_for_rows(served, wanted, seconds=20.0):
+    """The rows of `/debug/state` as soon as they are as wanted: a look may be an older one."""
+    end = time.monotonic() + seconds
+    while True:
         status, _, data = get(served.port, "/debug/state")
         state = json.loads(data)
         rows = [dict(zip(state["columns"], row, strict=True)) for row in state["rows"]]
-    assert status == 200 and [row["sample"] for row in rows] == [0, 1]
+        if wanted(rows):
+            return rows
+        assert status == 200 and time.monotonic() < end, rows
+        time.sleep(0.02)
+
+
+def test_the_state_names_who_is_there(served):
+    with connect(served.port) as connection:
+        body = {**ASK, "max_tokens": 2000, "n": 2, "user": "ann", "stream": True}
+        connection.sendall(post_bytes("/v1/completions", body))
+        connection.recv(1)
+        rows = wait_for_rows(served, lambda rows: rows and all(r["output_tokens"] for r in rows))
+        while not (bound := scrape(served).get(("aqua_waiting_bound_steps", ()))):
+            time.sleep(0.02)  # an older look
+    assert bound > 0 and [row["sample"] for row in rows] == [0, 1]
     for row in rows:
         assert row["user"] == "ann" and row["state"] == "running" and row["pool_pages"] >= 1
         assert row["prompt_tokens"] == 2 and row["output_tokens"] > 0 and row["ttft_s"] > 0
     assert served.idle()
-    time.sleep(0.6)
-    assert json.loads(get(served.port, "/debug/state")[2])["rows"] == []
+    wait_for_rows(served, lambda rows: rows == [])
