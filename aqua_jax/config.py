@@ -183,7 +183,8 @@ class EngineConfig:
     # quarter of what is available.
     host_kv_memory: int | None = None
     # Socket of a lender or a coordinator, or cuda:N for a GPU that nobody uses: this memory is used
-    # first; "": none.
+    # first; "": none. Several, with commas between: one for each device of tensor_parallel, which
+    # keeps its part of every page there.
     peer: str = ""
     peer_kv_memory: int | None = None  # bytes to borrow there at most; None: all that is lent
     verify_pages: bool = False  # checksums on every page that comes back
@@ -277,6 +278,14 @@ class EngineConfig:
             isinstance(self.peer, str), "peer",
             "a socket of a lender or a coordinator, cuda:N, or empty",
         )
+        one = "one socket or cuda:N" if self.tensor_parallel == 1 else (
+            f"one socket or cuda:N for all devices, or {self.tensor_parallel} with commas between, "
+            f"one for each device of tensor_parallel={self.tensor_parallel}"
+        )
+        check(
+            not self.peer
+            or (len(self.peers) in (1, self.tensor_parallel) and all(self.peers)), "peer", one,
+        )
         check(
             not self.peer or self.swaps, "peer",
             f"empty with policy {self.policy}, which recomputes; a lender's socket with "
@@ -310,6 +319,11 @@ class EngineConfig:
             check(_is_number(value) and 0 <= value <= high, field, f"a number from 0 to {high:g}")
         cap = self.lend_bandwidth
         check(_is_int(cap) and cap >= 0, "lend_bandwidth", "bytes a second, an integer >= 0")
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The entries of `peer`: none, one, or one for each device."""
+        return tuple(self.peer.split(",")) if self.peer else ()
 
     @property
     def swaps(self) -> bool:

@@ -119,7 +119,8 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "peer", "", "Socket of a process that lends memory (aqua-jax lend --listen=PATH), or "
             "of a coordinator that knows several (aqua-jax coordinator --socket=PATH), or cuda:1 "
             "for memory of a GPU that nobody uses: it is used before our own; not with "
-            "--policy=fcfs.", "PATH",
+            "--policy=fcfs. With --tensor_parallel=N also N of these with commas between, one for "
+            "each device.", "PATH[,PATH...]",
         )
         flags.size(
             "peer_kv_memory", None, "Memory to borrow there at most; default: all that is lent."

@@ -1,4 +1,6 @@
-"""The memory of lenders as an engine has it: a store for each lease, more of them as they are lent.
+"""The memory of lenders as an engine has it: a store for each lease, more of them as it is lent.
+
+Where the devices of a model have lenders of their own a store has a lease of each (`memory.split`).
 
 A thread asks the lender or the coordinator for what is missing up to the limit, again and again;
 the engine looks at what has come at step boundaries. While nobody answers it goes on with what it
@@ -7,9 +9,11 @@ holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from aqua_jax.errors import ConfigError
+from aqua_jax.memory.joint import JointSegment, JointTier
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.loan import Loan
 from aqua_jax.memory.pace import Pace
@@ -17,7 +21,10 @@ from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.pinning import Pins
 from aqua_jax.memory.segments import LeaseSegment, Segment
 from aqua_jax.memory.sources import LeaseSource
+from aqua_jax.memory.split import SplitStore
 from aqua_jax.memory.stores import PeerStore
+
+LentStore = PeerStore | SplitStore
 
 _ALL = 1 << 40  # asked for where there is no limit: more than anybody has
 # Leases at a time; each is a mapping, and costs a look at every step boundary.
@@ -30,7 +37,7 @@ class Borrowing:
     """What is lent to one engine. Belongs to the engine's thread.
 
     Attributes:
-      stores: one for each lease, oldest first.
+      stores: one for each lease, or for leases that belong together; oldest first.
       leases: that were ever there.
       lost: of these, those whose lender has gone.
       paces: what lenders let copies be at most, for those that say so, by arena.
@@ -38,28 +45,34 @@ class Borrowing:
     """
 
     def __init__(
-        self, source: LeaseSource, limit: int | None, slot_bytes: int, page_tokens: int,
-        pins: Pins | None = None,
+        self, sources: Sequence[LeaseSource], limit: int | None, slot_bytes: int,
+        page_tokens: int, pins: Pins | None = None, homes: Sequence[int] = (0,),
     ) -> None:
         """
         Args:
-          source: whom to ask; owned.
+          sources: whom to ask; owned. With several, each holds a part of every page.
           limit: most bytes; None: all that is lent.
           slot_bytes: of one page of keys and values.
           page_tokens: tokens of a page.
           pins: makes leases ready for a device's copies; None: they are.
+          homes: for each device that has an equal part of a page, at which source it is.
         """
-        self.stores: tuple[PeerStore, ...] = ()
+        self.stores: tuple[LentStore, ...] = ()
         self.leases = self.lost = 0
         self.paces: dict[int, Pace] = {}
         self.moved: dict[str, list[int]] = {}
         self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
-        self._tier = PeerTier(
-            [source], limit, step=slot_bytes, pauses_s=(_FIRST_S, _LONGEST_S), pins=pins
+        self._homes = tuple(homes)
+        each = slot_bytes // len(homes)
+        self._units = [each * homes.count(index) for index in range(len(sources))]
+        pauses = (_FIRST_S, _LONGEST_S)
+        self._tier = (
+            PeerTier(sources, limit, step=slot_bytes, pauses_s=pauses, pins=pins)
+            if len(sources) == 1 else JointTier(sources, self._units, pauses_s=pauses, pins=pins)
         )
         self._wished = 0
 
-    def open(self) -> tuple[PeerStore, ...]:
+    def open(self) -> tuple[LentStore, ...]:
         """Asks once, and waits for the answer.
 
         Returns:
@@ -76,7 +89,7 @@ class Borrowing:
             return 0
         if self._limit is None:
             return _ALL
-        held = sum(store.lease.held.total for store in self.stores)
+        held = sum(part.lease.held.total for store in self.stores for part in store.parts)
         missing = self._limit - held
         return missing if missing >= self._slot_bytes else 0
 
@@ -85,32 +98,37 @@ class Borrowing:
         """Whether `take` has something."""
         return bool(self._tier.arrivals)
 
-    def take(self) -> tuple[PeerStore, ...]:
+    def take(self) -> tuple[LentStore, ...]:
         """Stores that have come since the last time, and says what else is wished for."""
-        come: list[PeerStore] = []
+        come: list[LentStore] = []
         while self._tier.arrivals:
             store = self._store(self._tier.arrivals.popleft())
             if store is not None:
                 come.append(store)
-                self.moved.setdefault(store.lease.lender, [0, 0])
+                self.leases += len(store.parts)
+                for part in store.parts:
+                    self.moved.setdefault(part.lease.lender, [0, 0])
         self.stores += tuple(come)
-        self.leases += len(come)
         missing = self._missing()
         if missing != self._wished or come:
             self._wished = missing
             self._tier.wish(missing)
         return tuple(come)
 
-    def _store(self, segment: Segment) -> PeerStore | None:
-        assert isinstance(segment, LeaseSegment)
-        lease: Lease = segment.lease
+    def _store(self, segment: Segment) -> LentStore | None:
+        assert isinstance(segment, LeaseSegment | JointSegment)
         try:
-            return PeerStore(
-                lease, self._slot_bytes, self._page_tokens, pace=self._pace(lease)
-            )
+            parts = [
+                PeerStore(lease, unit, self._page_tokens, pace=self._pace(lease))
+                for lease, unit in zip(segment.leases, self._units, strict=True)
+            ]
         except ConfigError:  # too small for a page
-            lease.close()
+            for lease in segment.leases:
+                lease.close()
             return None
+        if len(parts) == 1:
+            return parts[0]
+        return SplitStore(parts, self._homes, self._page_tokens)
 
     def _pace(self, lease: Lease) -> Pace | None:
         """One for all leases of an arena: it is the arena's owner who said it."""
@@ -121,16 +139,19 @@ class Borrowing:
             pace = self.paces[lease.arena] = Pace(lease.bandwidth_cap, self._slot_bytes)
         return pace
 
-    def drop(self, store: PeerStore) -> None:
+    def drop(self, store: LentStore) -> None:
         """Lets go of a store that nobody uses: its lender is gone, or has got everything back."""
         self.stores = tuple(one for one in self.stores if one is not store)
-        self.lost += store.lost and bool(store.capacity)
+        if store.capacity:
+            self.lost += sum(part.lost for part in store.parts)
         store.close()
 
     def count(self, store: object, size: int, inward: bool) -> None:
         """So many bytes have moved between the pool and a store, if it is a lender's."""
-        if isinstance(store, PeerStore):
-            self.moved[store.lease.lender][inward] += size
+        if isinstance(store, PeerStore | SplitStore):
+            for part in store.parts:
+                share = size * part.slot_bytes // store.slot_bytes
+                self.moved[part.lease.lender][inward] += share
 
     def lenders(self) -> list[dict[str, Any]]:
         """Whose memory there is, how much, what is in it, what has moved."""
@@ -142,13 +163,14 @@ class Borrowing:
             for name, (out, back) in list(self.moved.items())
         }
         for store in self.stores:
-            shown: dict[str, Any] = found[store.lease.lender]
-            shown["leases"] += 1
-            shown["capacity"] += store.capacity
-            shown["in_use"] += store.in_use
-            shown["wanted"] += store.wanted_slots
-            shown["lost"] += store.lost
-            shown["bandwidth_cap"] = 0 if store.pace is None else store.pace.cap
+            for part in store.parts:
+                shown: dict[str, Any] = found[part.lease.lender]
+                shown["leases"] += 1
+                shown["capacity"] += part.capacity
+                shown["in_use"] += store.in_use
+                shown["wanted"] += part.wanted_slots
+                shown["lost"] += part.lost
+                shown["bandwidth_cap"] = 0 if part.pace is None else part.pace.cap
         return list(found.values())
 
     def close(self) -> None:

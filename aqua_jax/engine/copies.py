@@ -1,21 +1,78 @@
 """A page's move as copies, one for each device that shares the model.
 
 Each of N devices has its kv heads of every page, a pool of its own for the copy queue, and its own
-part of every slot: a slot is N parts, one after the other, so that however slots come and go the
-devices' parts go together. A move is N copies with a ticket each. It has ended when all of them
-have, and is done when all are; one device's failure is the move's.
+part of every slot. A slot is N parts, one after the other, or apart, in several lenders' memory
+(`memory.split`); however slots come and go, the devices' parts go together. A move is N copies with
+a ticket each. It has ended when all of them have, and is done when all are; one device's failure is
+the move's.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
+from aqua_jax.memory.split import SplitStore
+from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
 from aqua_jax.ops.spaces import Spaces
+
+OwnedStore = HostStore | PeerStore | SplitStore
+
+
+class SlotMemory:
+    """A store's memory as the copy queue knows it, and where in it each device's part of a slot is.
+
+    By address: a view that a segment kept alive would keep lent memory mapped after its store is
+    closed. It is retired before that.
+    """
+
+    def __init__(self, store: OwnedStore, devices: int) -> None:
+        """
+        Args:
+          store: whose slots are N devices' parts.
+          devices: N.
+        """
+        parts = store.parts if isinstance(store, SplitStore) else (store,)
+        homes = (
+            store.homes if isinstance(store, SplitStore)
+            else tuple((0, device) for device in range(devices))
+        )
+        self._segments = [
+            Segment((ctypes.c_uint8 * (part.capacity * part.slot_bytes)).from_address(part.base))
+            for part in parts
+        ]
+        self._slot_bytes, each = store.slot_bytes, store.slot_bytes // devices
+        # For each device: its segment, bytes from one slot to the next there, and from a slot's
+        # first byte there to the device's.
+        self._layout = [
+            (self._segments[home], parts[home].slot_bytes, place * each) for home, place in homes
+        ]
+
+    @property
+    def live(self) -> bool:
+        """Whether it has not been retired."""
+        return self._segments[0].live
+
+    def check(self) -> None:
+        """Raises StaleHandleError if it has been retired."""
+        self._segments[0].check()
+
+    def retire(self, *, abandon: bool = False) -> None:
+        """As `ops.moves.Segment.retire`, of all of it."""
+        for segment in self._segments:
+            segment.retire(abandon=abandon)
+
+    def places(self, offsets: Sequence[int]) -> Iterator[tuple[Segment, np.ndarray]]:
+        """For each device: its segment, and where in it are its parts of the slots that start at
+        `offsets` of the store."""
+        slots = np.asarray(offsets, np.int64) // self._slot_bytes
+        for segment, stride, place in self._layout:
+            yield segment, slots * stride + place
 
 
 class PoolCopies:
@@ -55,8 +112,7 @@ class PoolCopies:
 
     def batch(self, capacity: int) -> Batch:
         """An empty batch for at most so many moves."""
-        batches = [MoveBatch(capacity, pool) for pool in self._pools]
-        return Batch(batches, self._pools[0].page_bytes)
+        return Batch([MoveBatch(capacity, pool) for pool in self._pools])
 
     @staticmethod
     def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,25 +138,27 @@ class PoolCopies:
 class Batch:
     """The moves of one step on every device."""
 
-    def __init__(self, batches: list[MoveBatch], part_bytes: int) -> None:
-        """`batches`: an empty one for each device; `part_bytes`: of its part of a slot."""
-        self._batches, self._part_bytes = batches, part_bytes
+    def __init__(self, batches: list[MoveBatch]) -> None:
+        """`batches`: an empty one for each device."""
+        self._batches = batches
 
     def copy_out(
-        self, pages: Sequence[int], segment: Segment, offsets: Sequence[int], part: Part,
+        self, pages: Sequence[int], memory: SlotMemory, offsets: Sequence[int], part: Part,
         *, checksum: bool,
     ) -> np.ndarray:
-        """Copies pages to slots at `offsets` of the segment: u64[n, N] tickets.
+        """Copies pages to slots at `offsets` of the store: u64[n, N] tickets.
 
         Otherwise as `ops.moves.MoveBatch.copy_out`; `part` is of one device's page.
         """
         return np.stack([
             batch.copy_out(pages, segment, places, part=part, checksum=checksum)
-            for batch, places in self._places(offsets)
+            for batch, (segment, places) in zip(
+                self._batches, memory.places(offsets), strict=True
+            )
         ], axis=1)
 
     def copy_in(
-        self, pages: Sequence[int], segment: Segment, offsets: Sequence[int], part: Part,
+        self, pages: Sequence[int], memory: SlotMemory, offsets: Sequence[int], part: Part,
         *, checksums: Sequence[int] | None,
     ) -> np.ndarray:
         """The way back, compared with `numbers` of the checksums of the way out, if given."""
@@ -109,14 +167,10 @@ class Batch:
                 pages, segment, places, part=part,
                 checksums=None if checksums is None else _digits(checksums, device),
             )
-            for device, (batch, places) in enumerate(self._places(offsets))
+            for device, (batch, (segment, places)) in enumerate(
+                zip(self._batches, memory.places(offsets), strict=True)
+            )
         ], axis=1)
-
-    def _places(self, offsets: Sequence[int]) -> Iterator[tuple[MoveBatch, np.ndarray]]:
-        places = np.asarray(offsets, np.int64)
-        for batch in self._batches:
-            yield batch, places
-            places = places + self._part_bytes
 
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
         """i32[n, MOVE_WORDS] and a head i32[3]; for N > 1 devices [N, n, MOVE_WORDS] and [N, 3]."""

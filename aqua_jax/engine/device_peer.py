@@ -76,18 +76,20 @@ class DeviceSource:
       ConfigError: there is no such GPU, or ours can't reach it.
     """
 
-    def __init__(self, peer: str, ordinal: int) -> None:
+    def __init__(self, peer: str, ordinal: int, device: int = 0, share: int = 1) -> None:
         """
         Args:
           peer: what the configuration says, for messages.
           ordinal: of the GPU whose memory is used.
+          device: which of this process's devices uses it.
+          share: how many such sources, this one included, are still to take memory there.
         """
         if library.platform() != "cuda":
             raise ConfigError(
                 "peer", peer, f"a lender's socket: the platform is {library.platform()}, not cuda"
             )
-        self._device = jax.local_devices()[0]
-        self._ours, self._ordinal = self._device.local_hardware_id or 0, ordinal
+        self._ours = jax.local_devices()[device].local_hardware_id or 0
+        self._ordinal, self._share = ordinal, share
         try:
             link = device_arena.link(self._ours, ordinal)
         except ArenaError as error:
@@ -102,20 +104,24 @@ class DeviceSource:
             "the same GPU" if ordinal == self._ours else
             f"{link.nvlinks} NVLinks" if link.nvlinks else "PCIe", link.nominal_mb_s,
         )
-        self._made = False
+        self._lease: Lease | None = None
 
     def borrow(self, size: int) -> Sequence[Lease]:
-        """The one lease, of at most `size` bytes: the first time only.
+        """The one lease, of at most `size` bytes: nothing while it is there.
 
         Raises:
           ArenaError: the driver refuses.
         """
-        if self._made:
+        if self._lease is not None and not self._lease.closed:
             return ()
-        claimed = device_memory(self._device).claimed if self._ordinal == self._ours else 0
+        # What XLA may still take there, if it is a GPU of this process.
+        claimed = sum(
+            device_memory(one).claimed for one in jax.local_devices()
+            if one.local_hardware_id == self._ordinal
+        )
         found = device_arena.memory(self._ordinal)
         room = 0 if found is None else max(0, found[0] - claimed - _MARGIN)
-        size = min(size, room)
+        size = min(size, room // self._share)
         if size < 1:
             return ()
         owner = DeviceArena.create(size, self._ordinal, claimed=claimed)
@@ -128,9 +134,9 @@ class DeviceSource:
             raise
         finally:
             os.close(owner.fd)
-        self._made = True
         memory = MappedRange(arena, owner)
-        return (Lease(memory, 0, lambda lease, offset, nbytes: None),)
+        self._lease = Lease(memory, 0, lambda lease, offset, nbytes: None)
+        return (self._lease,)
 
     def close(self) -> None:
         """Nothing more to do: the lease has its memory."""

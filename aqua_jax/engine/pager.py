@@ -16,7 +16,6 @@ store is copied by a thread (`shifts`), up to a faster tier only while no other 
 from __future__ import annotations
 
 import collections
-import ctypes
 import dataclasses
 import itertools
 import time
@@ -27,19 +26,18 @@ import jax
 import numpy as np
 
 from aqua_jax.engine.borrowing import Borrowing
-from aqua_jax.engine.copies import PoolCopies, numbers
+from aqua_jax.engine.copies import OwnedStore, PoolCopies, SlotMemory, numbers
 from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.lease import Bell
-from aqua_jax.memory.stores import HostStore, PeerStore
+from aqua_jax.memory.stores import HostStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops import pinning
-from aqua_jax.ops.moves import Part, Segment, Status
+from aqua_jax.ops.moves import Part, Status
 from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.stored import Tiers
 
-OwnedStore = HostStore | PeerStore
 Copy = Callable[[Shift], None]
 
 # Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
@@ -88,15 +86,8 @@ class _Tier:
     """A store and its memory as the copy queue knows it."""
 
     store: OwnedStore
-    segment: Segment
+    segment: SlotMemory
     closed: bool = False
-
-
-def _segment(store: OwnedStore) -> Segment:
-    # By address: a view that a segment kept alive would keep lent memory mapped after its store is
-    # closed. Segments are retired before that.
-    memory = (ctypes.c_uint8 * (store.capacity * store.slot_bytes)).from_address(store.base)
-    return Segment(memory)
 
 
 class Pager:
@@ -133,15 +124,16 @@ class Pager:
         self._observe, self._ended, self._delayed = observe, ended, delayed
         self._page_delay_s = 0.0
         self._copies = PoolCopies(kv, devices, spaces)
-        self._tiers = [_Tier(store, _segment(store)) for store in stores]
+        self._devices = devices
+        self._tiers = [_Tier(store, SlotMemory(store, devices)) for store in stores]
         self._by_store = {id(tier.store): tier for tier in self._tiers}
         self._shifter = Shifter(pinning.copier())
         self._climb_at = 0.0  # on time.monotonic(): from then on copies may climb
         self._bell = Bell()  # a lender wants something, is gone, or what it wanted is under way
         self._changed = True  # stores may have to be left
-        peers = [store for store in stores if isinstance(store, PeerStore)]
+        peers = [store for store in stores if not isinstance(store, HostStore)]
         for store in peers:
-            store.lease.ring(self._bell)
+            store.ring(self._bell)
         # From where copies climb, if there is anywhere to climb to.
         lowest = stores[-1] if stores else None
         self._lowest = lowest if (peers or borrowing) and isinstance(lowest, HostStore) else None
@@ -306,8 +298,8 @@ class Pager:
         if borrowing is None:
             return
         for store in borrowing.take():
-            store.lease.ring(self._bell)
-            tier = _Tier(store, _segment(store))
+            store.ring(self._bell)
+            tier = _Tier(store, SlotMemory(store, self._devices))
             self._tiers.append(tier)
             self._by_store[id(store)] = tier
             self._planner.tiers.add(cast(Store, store))
@@ -315,7 +307,7 @@ class Pager:
     def _leave(self, tier: _Tier) -> None:
         tier.closed = True
         store = tier.store
-        if self._borrowing is None or not isinstance(store, PeerStore):
+        if self._borrowing is None or isinstance(store, HostStore):
             store.close()
         elif self._planner.tiers.remove(cast(Store, store)):
             self._tiers.remove(tier)

@@ -20,7 +20,7 @@ from aqua_jax.paging.moves import Shift
 _NAP_S = 100e-6
 _log = logging.getLogger(__name__)
 
-_Job = tuple[Shift, int, int]  # from where, to where
+_Pieces = list[tuple[int, int, int]]  # to where, from where, bytes
 
 
 class Shifter:
@@ -39,14 +39,16 @@ class Shifter:
         self.bytes, self.busy_s = 0, 0.0
         self._begun = self._done = 0  # each is counted by one thread
         self._copy = copy or copies.copy
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Shift, _Pieces] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def begin(self, shift: Shift) -> None:
         """Queues a copy; for the thread that the stores belong to. Doesn't wait."""
         try:
-            source = shift.source.address(shift.slot)  # type: ignore[attr-defined]
-            target = shift.target.address(shift.place)  # type: ignore[attr-defined]
+            pieces = _pieces(
+                shift.target.spans(shift.place),  # type: ignore[attr-defined]
+                shift.source.spans(shift.slot),  # type: ignore[attr-defined]
+            )
         except StaleHandleError:
             shift.done = True  # a lender has just gone; the planner will see that
             return
@@ -54,14 +56,15 @@ class Shifter:
             self._thread = threading.Thread(target=self._run, name="aqua-shifts", daemon=True)
             self._thread.start()
         self._begun += 1
-        self._jobs.put((shift, source, target))
+        self._jobs.put((shift, pieces))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            shift, source, target = job
+            shift, pieces = job
             started = time.perf_counter()
             try:
-                self._copy(target, source, shift.source.slot_bytes)
+                for target, source, size in pieces:
+                    self._copy(target, source, size)
             except ArenaError:
                 # Not done, ever: both slots stay taken, and nobody reads the new one.
                 _log.exception("a page did not get from %s to %s", shift.source.name,
@@ -91,3 +94,18 @@ class Shifter:
             self._jobs.put(None)
             self._thread.join()
             self._thread = None
+
+
+def _pieces(targets: list[tuple[int, int]], sources: list[tuple[int, int]]) -> _Pieces:
+    """The copies from some ranges, one after the other, to others of as many bytes in all."""
+    found: _Pieces = []
+    targets, sources = targets[::-1], sources[::-1]
+    while targets and sources:
+        (to, room), (start, left) = targets.pop(), sources.pop()
+        size = min(room, left)
+        found.append((to, start, size))
+        if room > size:
+            targets.append((to + size, room - size))
+        if left > size:
+            sources.append((start + size, left - size))
+    return found

@@ -140,18 +140,43 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
         raise ConfigError(
             "peer_kv_memory", limit, f"at least a page: {page_bytes} bytes for this model"
         )
-    gpu = gpu_of(config.peer)
-    if gpu is not None:
-        return Borrowing(DeviceSource(config.peer, gpu), limit, page_bytes, config.page_tokens)
-    source: LeaseSource
+    devices = config.tensor_parallel
+    entries = config.peers * (devices if len(config.peers) == 1 else 1)
+    # Devices with the same socket share its leases: each of these has slots for all of them. A
+    # GPU's memory is mapped for one device, so there each has its own.
+    homes: list[int] = []
+    with contextlib.ExitStack() as opened:
+        found: list[LeaseSource] = []
+        at: dict[str, int] = {}
+        for device, entry in enumerate(entries):
+            gpu = gpu_of(entry)
+            if gpu is None and entry in at:
+                homes.append(at[entry])
+                continue
+            homes.append(len(found))
+            at[entry] = len(found)
+            if gpu is not None:
+                source: LeaseSource = DeviceSource(
+                    config.peer, gpu, device, share=entries[device:].count(entry)
+                )
+            else:
+                unit = page_bytes // devices * entries.count(entry)
+                source = _socket(config, entry, unit, client)
+            opened.callback(source.close)
+            found.append(source)
+        opened.pop_all()
+    return Borrowing(found, limit, page_bytes, config.page_tokens, pinning.pins(), homes)
+
+
+def _socket(
+    config: EngineConfig, entry: str, unit: int, client: Client | None
+) -> LeaseSource:
     try:
-        if client is not None and config.peer == config.coordinator:
-            source = sources.CoordinatorSource(config.peer, unit=page_bytes, client=client)
-        else:
-            source = sources.connect(config.peer, name="aqua-jax", unit=page_bytes)
+        if client is not None and entry == config.coordinator:
+            return sources.CoordinatorSource(entry, unit=unit, client=client)
+        return sources.connect(entry, name="aqua-jax", unit=unit)
     except AquaError as error:
         raise ConfigError(
             "peer", config.peer, "the socket of a lender or a coordinator that runs (aqua-jax "
             f"lend, aqua-jax coordinator): {error}",
         ) from error
-    return Borrowing(source, limit, page_bytes, config.page_tokens, pinning.pins())

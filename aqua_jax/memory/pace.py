@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 from aqua_jax.errors import ConfigError
 
@@ -77,8 +77,7 @@ class Pace:
         """Whether a copy that was asked for may begin now; if so it is under way."""
         size = self._queued[what]
         if not self.room(size):
-            if what not in self._refused:
-                self._refused[what] = self._clock()
+            self.put_off(what)
             return False
         since = self._refused.pop(what, None)
         if since is not None:
@@ -88,6 +87,11 @@ class Pace:
         self._backlog -= size
         self.begin(what, size)
         return True
+
+    def put_off(self, what: Hashable) -> None:
+        """A copy that was asked for waits from now on, if it doesn't already."""
+        if what not in self._refused:
+            self._refused[what] = self._clock()
 
     def begin(self, what: Hashable, size: int) -> None:
         """A copy for which there was `room` is under way."""
@@ -129,3 +133,66 @@ class Pace:
         before = self._clock() - self._window_s
         while self._ended and self._ended[0][0] < before:
             self._used -= self._ended.popleft()[1]
+
+
+class JointPace:
+    """What a copy keeps to that is made in parts, to and from several lenders' memory at once.
+
+    Attributes:
+      page_s: seconds that a page takes at the rate of the slowest.
+    """
+
+    def __init__(self, paces: Sequence[tuple[Pace, int]], page_bytes: int) -> None:
+        """
+        Args:
+          paces: each lender's that has one, and the bytes of a page in its memory; one that is
+            named more often has as many of them.
+          page_bytes: of a whole page.
+        """
+        self._page_bytes = page_bytes
+        self._shares: dict[Pace, int] = {}
+        for pace, size in paces:
+            self._shares[pace] = self._shares.get(pace, 0) + size
+        self.page_s = max(size / pace.cap for pace, size in self._shares.items())
+        self._queued: dict[Hashable, int] = {}
+
+    def _parts(self, size: int) -> list[tuple[Pace, int]]:
+        return [(pace, size * share // self._page_bytes) for pace, share in self._shares.items()]
+
+    @property
+    def congested(self) -> bool:
+        """Whether what is asked for already fills the present window of one."""
+        return any(pace.congested for pace in self._shares)
+
+    def room(self, size: int) -> bool:
+        """Whether a copy of `size` bytes would be admitted by all now."""
+        return all(pace.room(part) for pace, part in self._parts(size))
+
+    def ask(self, what: Hashable, size: int) -> None:
+        """A copy is planned; `admit` follows, or `ended`."""
+        self._queued[what] = size
+        for pace, part in self._parts(size):
+            pace.ask(what, part)
+
+    def admit(self, what: Hashable) -> bool:
+        """Whether a copy that was asked for may begin now; if so it is under way."""
+        parts = self._parts(self._queued[what])
+        refusing = [pace for pace, part in parts if not pace.room(part)]
+        for pace in refusing:  # the others would count it as under way
+            pace.put_off(what)
+        if not refusing:
+            del self._queued[what]
+            for pace, _ in parts:
+                pace.admit(what)
+        return not refusing
+
+    def begin(self, what: Hashable, size: int) -> None:
+        """A copy for which there was `room` is under way."""
+        for pace, part in self._parts(size):
+            pace.begin(what, part)
+
+    def ended(self, what: Hashable) -> None:
+        """A copy has been seen to have ended, or won't be made; unknown ones are ignored."""
+        self._queued.pop(what, None)
+        for pace in self._shares:
+            pace.ended(what)

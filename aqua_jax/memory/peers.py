@@ -83,7 +83,7 @@ class PeerTier:
         finally:
             self._asking.release()
 
-    def _borrow(self, need: int, *, patient: bool) -> LeaseSegment | None:
+    def _borrow(self, need: int, *, patient: bool) -> Segment | None:
         self._leases = [s for s in self._leases if not s.lease.closed]
         held = sum(s.lease.held.total for s in self._leases)
         size = growth(need, held, self._step)

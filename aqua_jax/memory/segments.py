@@ -100,7 +100,7 @@ class LeaseSegment(Segment):
 
     def __init__(self, lease: Lease) -> None:
         super().__init__("peer", lease.address, lease.size)
-        self.lease = lease
+        self.lease, self.leases = lease, (lease,)
 
     @property
     def alive(self) -> bool:

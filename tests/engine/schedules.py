@@ -219,8 +219,9 @@ class Schedule:
         ]
         if held:
             store, slot = self.rng.choice(held)
-            memory = store.arena if store.name == "host" else store.lease
-            at = store.offset(slot) + self.rng.randrange(store.slot_bytes)
+            part = store if store.name == "host" else self.rng.choice(store.parts)
+            memory = part.arena if store.name == "host" else part.lease
+            at = slot.id * part.slot_bytes + self.rng.randrange(part.slot_bytes)
             memory.write(at, bytes([memory.read(at, 1)[0] ^ 1]))
 
 

@@ -1,5 +1,6 @@
 """Stores against a model: handles, references, giving back from the end, losing everything."""
 
+import random
 import time
 import timeit
 
@@ -12,7 +13,9 @@ from aqua_jax.errors import ConfigError, StaleHandleError, StoreError
 from aqua_jax.memory import arena, growing
 from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.stores import HostStore, PeerStore, Store
+from aqua_jax.memory.slots import Store
+from aqua_jax.memory.split import SplitStore
+from aqua_jax.memory.stores import HostStore, PeerStore
 from tests.memory.leftovers import leftovers
 from tests.scale import scaled
 
@@ -29,12 +32,17 @@ class StoreMachine(RuleBasedStateMachine):
     """A peer store whose lender now and then wants some back, changes its mind, or dies."""
 
     slots = Bundle("slots")
+    sizes = ((SLOT, 6 * PAGE),)  # of a lender's part of a slot, of its lease
+
+    def make(self):
+        """The store over `self.leases`."""
+        return PeerStore(self.leases[0], SLOT, 16)
 
     def __init__(self):
         super().__init__()
         self.told: list[tuple[int, int]] = []
-        self.lease = lease_of(6 * PAGE, self.told)
-        self.store = PeerStore(self.lease, SLOT, 16)
+        self.leases = [lease_of(size, self.told) for _, size in self.sizes]
+        self.store = self.make()
         self.live: dict = {}  # slot -> [references, tokens]
         self.kept = self.capacity = 6 * PAGE // SLOT
         self.content: dict = {}
@@ -42,10 +50,21 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self):
         self.store.close()
-        assert sum(size for _, size in self.told) == self.lease.size
+        assert sum(size for _, size in self.told) == sum(size for _, size in self.sizes)
+
+    @property
+    def alive(self):
+        return all(lease.alive for lease in self.leases)
+
+    def spans(self, slot):
+        """The lease and the range in it of each piece of a slot, in order."""
+        for address, size in self.store.spans(slot):
+            for lease in self.leases:
+                if 0 <= address - lease.address < lease.size:
+                    yield lease, address - lease.address, size
 
     def _free(self):
-        if not self.lease.alive:
+        if not self.alive:
             return 0
         used = {slot.id for slot in self.live}
         return sum(index not in used for index in range(self.kept))
@@ -74,9 +93,13 @@ class StoreMachine(RuleBasedStateMachine):
             else:
                 self.store.fill(slot, tokens)
                 self.live[slot][1] = tokens
-                if self.lease.alive:
-                    data = bytes([tokens + 1]) * SLOT
-                    self.lease.write(self.store.offset(slot), data)
+                if self.alive:
+                    data = random.Random(len(self.seen)).randbytes(SLOT)
+                    rest = data
+                    for lease, at, size in self.spans(slot):
+                        lease.write(at, rest[:size])
+                        rest = rest[size:]
+                    assert not rest
                     self.content[slot] = data
 
     @rule(handles=slots)
@@ -113,21 +136,22 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.restore()
         self.kept = self.capacity
 
-    @rule(wanted=st.integers(1, 2 * PAGE), obey=st.booleans())
-    def wanted_back(self, wanted, obey):
-        before = self.lease.held.total
-        self.lease.keep = max(0, before - wanted)
+    @rule(wanted=st.integers(1, 2 * PAGE), obey=st.booleans(), who=st.integers(0, 9))
+    def wanted_back(self, wanted, obey, who):
+        lease = self.leases[who % len(self.leases)]
+        before = lease.held.total
+        lease.keep = max(0, before - wanted)
         count = self.store.wanted_slots
-        if self.lease.alive and before:
+        if self.alive and before:
             assert count > 0
-        if not obey or not self.lease.alive:
-            self.lease.keep = self.lease.size
+        if not obey or not self.alive:
+            lease.keep = lease.size
             return
         self._give_back(count)
-        assert self.lease.wanted_back == 0 and self.store.wanted_slots == 0
+        assert lease.wanted_back == 0 and self.store.wanted_slots == 0
         # Never more than a slot and a page of the system beyond what was asked.
-        assert before - self.lease.held.total < wanted + SLOT + PAGE
-        self.lease.keep = self.lease.size
+        assert before - lease.held.total < wanted + SLOT + PAGE
+        lease.keep = lease.size
 
     @rule(count=st.integers(0, 2))
     def give_back_unasked(self, count):
@@ -141,15 +165,15 @@ class StoreMachine(RuleBasedStateMachine):
         for slot in expected:
             del self.live[slot]
 
-    @rule(really=st.integers(0, 9))
-    def lender_dies(self, really):
+    @rule(really=st.integers(0, 9), who=st.integers(0, 9))
+    def lender_dies(self, really, who):
         if really == 0:
-            self.lease.alive = False
+            self.leases[who % len(self.leases)].alive = False
 
     @invariant()
     def same_as_model(self):
         store = self.store
-        assert store.lost == (not self.lease.alive)
+        assert store.lost == (not self.alive)
         assert (store.capacity, store.in_use) == (self.capacity, len(self.live))
         assert store.free_slots == self._free()
         assert store.live() == sorted(self.live)
@@ -157,26 +181,64 @@ class StoreMachine(RuleBasedStateMachine):
         if not store.lost:
             assert counters.allocated == counters.freed + counters.dropped + store.in_use
         assert counters.peak >= store.in_use
-        needed = -(-self.capacity * SLOT // PAGE) * PAGE
-        assert list(self.lease.held) == ([(0, needed)] if needed else [])
+        for (part, _), lease in zip(self.sizes, self.leases, strict=True):
+            needed = -(-self.capacity * part // PAGE) * PAGE
+            assert list(lease.held) == ([(0, needed)] if needed else [])
         for slot in self.seen:
             live = slot in self.live
             readable = live and not store.lost and self.live[slot][1] > 0
             assert store.holds(slot) == readable
             if not live or store.lost:
                 with pytest.raises(StaleHandleError):
-                    store.address(slot)
+                    store.spans(slot)
             else:
                 assert store.valid_tokens(slot) == self.live[slot][1]
-                assert store.address(slot) == self.lease.address + store.offset(slot)
+                assert store.offset(slot) == slot.id * SLOT
                 if readable:
-                    assert self.lease.read(store.offset(slot), SLOT) == self.content[slot]
+                    held = [lease.read(at, size) for lease, at, size in self.spans(slot)]
+                    assert b"".join(held) == self.content[slot]
+
+
+class SplitMachine(StoreMachine):
+    """The same with slots that are parts of two lenders': the first one's of two devices."""
+
+    sizes = ((2 * SLOT // 3, 5 * PAGE), (SLOT // 3, 2 * PAGE))  # room for 10 and for 8
+
+    def make(self):
+        parts = [PeerStore(lease, part, 16)
+                 for (part, _), lease in zip(self.sizes, self.leases, strict=True)]
+        return SplitStore(parts, (0, 1, 0), 16)
 
 
 StoreMachine.TestCase.settings = settings(
     max_examples=scaled(50), stateful_step_count=40, deadline=None
 )
 TestStoreMachine = StoreMachine.TestCase
+SplitMachine.TestCase.settings = StoreMachine.TestCase.settings
+TestSplitMachine = SplitMachine.TestCase
+
+
+def test_devices_have_their_parts_of_a_split_slot_where_they_are_said_to_be():
+    leases = [lease_of(5 * PAGE), lease_of(2 * PAGE)]
+    parts = [PeerStore(leases[0], 2000, 16), PeerStore(leases[1], 1000, 16)]
+    with SplitStore(parts, (0, 1, 0), 16) as store:
+        assert (store.capacity, store.slot_bytes, store.device_bytes) == (8, 3000, 1000)
+        assert store.homes == ((0, 0), (1, 0), (0, 1))
+        slot = store.allocate(4)[3]
+        first, second = (lease.address for lease in leases)
+        assert store.spans(slot) == [
+            (first + 6000, 1000), (second + 3000, 1000), (first + 7000, 1000)
+        ]
+        with pytest.raises(StoreError, match="2 memories"):
+            store.base  # noqa: B018
+    assert all(lease.closed for lease in leases)
+
+
+def test_uneven_parts_are_refused():
+    parts = [PeerStore(lease_of(4 * PAGE), size, 16) for size in (2000, 1000)]
+    for homes in [(0, 1), (0, 0, 1, 1), (0, 0)]:
+        with pytest.raises(StoreError, match="even shares"):
+            SplitStore(parts, homes, 16)
 
 
 def test_host_store():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aqua_jax.memory import stores as stores_module
+from aqua_jax.memory import growing
 from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.paging.moves import Shift
@@ -88,7 +88,7 @@ def test_without_room_below_the_rest_is_given_up():
 
 
 def test_a_tier_that_grows_is_waited_for_and_nothing_is_dropped(monkeypatch):
-    monkeypatch.setattr(stores_module, "_GROWTH", 2 * SLOT_BYTES)
+    monkeypatch.setattr(growing, "GROWTH", 2 * SLOT_BYTES)
     host = HostStore(40 * SLOT_BYTES, SLOT_BYTES, TOKENS, grows=True)
     first = peer_store(20, TOKENS)
     world = World(first, host)
