@@ -108,7 +108,7 @@ class Coast:
         self._ordered = False
         self._head: Sequence | None = None  # known not to fit, with
         self._available = -1  # so many pages and
-        self._growth_steps = 0.0  # slices so long
+        self._room = (0.0, False)  # slices so long, and stores that have room or not
 
     def step(self, now: float) -> bool:
         """Plans one more step like the last one; False: the next plan may be another, and none was
@@ -119,6 +119,7 @@ class Coast:
         ready = scheduler.holdings.ready
         if any(ready(one) for one in self._arriving):
             return False
+        scheduler.room.begin()
         policy.begin(now, len(self._running))
         if scheduler.residency is not None:
             scheduler.residency.cancel_unwanted()
@@ -160,10 +161,9 @@ class Coast:
         """Whether the head of the queue gets no place, neither a free one nor another's."""
         scheduler = self._scheduler
         policy, pool, room = scheduler.policy, scheduler.pool, scheduler.room
-        growth_steps = policy.growth_steps
+        given = policy.growth_steps, room.bold
         known = (
-            head is self._head and pool.available <= self._available
-            and growth_steps == self._growth_steps
+            head is self._head and pool.available <= self._available and given == self._room
         )
         if not known:
             if scheduler.slots.available:
@@ -172,7 +172,7 @@ class Coast:
                 demand = scheduler.holdings.demand(head, found) + room.headroom(head, growth)
                 if demand <= pool.available:
                     return False
-            self._head, self._growth_steps = head, growth_steps
+            self._head, self._room = head, given
         if known and self._timeless:
             return True
         return next(iter(policy.yielding(head, self._running)), None) is None
