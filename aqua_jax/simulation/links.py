@@ -50,6 +50,7 @@ class CopyQueue:
         self._free_at: dict[tuple[str, bool], float] = {}
         self._under_way: list[tuple[float, int, Move]] = []  # a heap: (end, number, move)
         self._count = 0
+        self._last_arrival = 0.0
         self.bytes_out = 0
         self.bytes_in = 0
         self.busy_s = 0.0  # of all links together
@@ -69,6 +70,7 @@ class CopyQueue:
             self._free_at[way] = end
             self.busy_s += seconds
             if move.inward:
+                self._last_arrival = max(self._last_arrival, end)
                 self.bytes_in += size
             else:
                 self.bytes_out += size
@@ -91,6 +93,10 @@ class CopyQueue:
     def last_end(self) -> float:
         """When the last move ends that was handed over; 0 before the first."""
         return max(self._free_at.values(), default=0.0)
+
+    def last_arrival(self) -> float:
+        """The same of the moves into the pool."""
+        return self._last_arrival
 
     def next_end(self) -> float:
         """When the next move ends; infinite when none is under way."""

@@ -3,8 +3,10 @@
 What `Engine.step` does, with a device that only takes time: plan, dispatch, and then, one step
 behind, wait for the oldest step's tokens. Steps run one after another; the host's work hides
 behind them unless it takes longer. Moves begin with their step and end when their link has carried
-them; the first plan after that knows. Everything is a function of the requests, the machine and
-the policy: there is no randomness and no real time.
+them; the first plan after that knows, and before it is made the host waits a moment for pages that
+are about to arrive (`Pager.linger`; without that a sequence that came back sat out one more step,
+and automatic slices, which follow from that, were twice as long as the engine's). Everything is a
+function of the requests, the machine and the policy: there is no randomness and no real time.
 
 Most steps repeat the one before. A plan says for how many steps that can go on (`Plan.holds`), and
 the loop skips them: it adds up times, and the scheduler books tokens and pages (`steady.Coast`),
@@ -209,6 +211,7 @@ class Simulator:
             self._sent += 1
 
     def _step(self) -> None:
+        self._linger()
         now = self._clock
         self._report_moves(now)
         plan = self._scheduler.plan(now)
@@ -269,8 +272,11 @@ class Simulator:
         clocks: list[float] = []
         taken = self._taken
         while left and self._clock < due:
+            before = self._clock
+            self._linger()
             self._report_moves(self._clock)
             if not coast.step(self._clock):
+                self._clock = before  # the next plan is yet to wait
                 break
             left -= 1
             self._clock += self._host_s
@@ -342,6 +348,12 @@ class Simulator:
                 "can run or happen"
             )
         self._clock = max(self._clock, happens)
+
+    def _linger(self) -> None:
+        """As the engine's pager: while a step runs, moves into the pool get a moment more."""
+        if self._residency is not None and self._costs is not None and self._pending:
+            limit = self._clock + self._costs.patience_s
+            self._clock = max(self._clock, min(self._queue.last_arrival(), limit))
 
     def _report_moves(self, now: float) -> None:
         ended = self._queue.ended(now)

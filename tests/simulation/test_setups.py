@@ -8,6 +8,7 @@ import functools
 import pytest
 
 from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.scheduling.scheduler import Scheduler
 from aqua_jax.simulation.loads import sharegpt_like, timed
 from aqua_jax.simulation.machines import System, build_system
 from aqua_jax.simulation.models import MODELS
@@ -92,6 +93,20 @@ def test_a_link_too_slow_shows() -> None:
     done = figures(simulate(parse_setup("aqua_reference"), slow, LIMITS, load()))
     fast = figures(outcome("aqua_reference@peer"))
     assert done["output_tok_s"] < 0.7 * fast["output_tok_s"]
+
+
+def test_pages_that_arrive_in_a_moment_are_waited_for() -> None:
+    """As the engine does, so that a sequence which comes back is in the very next step."""
+
+    def steps_to_return(rate: float | None) -> float:
+        here = system() if rate is None else system().with_rate(rate)
+        scheduler, queue = build(parse_setup("fair@peer/10"), here, LIMITS)
+        Simulator(scheduler, here.cost, load(), queue=queue, host_s=here.host_s).run()
+        assert isinstance(scheduler, Scheduler)
+        return scheduler.costs.switch_steps
+
+    assert steps_to_return(None) == pytest.approx(1.0, abs=0.1)
+    assert steps_to_return(1e9) > 2.0
 
 
 def test_figures_of_a_run() -> None:
