@@ -209,20 +209,22 @@ class Registered(_message.Message):
     def __init__(self, arena: _Optional[int] = ...) -> None: ...
 
 class Piece(_message.Message):
-    __slots__ = ("generation", "arena", "offset", "bytes", "terms", "lender")
+    __slots__ = ("generation", "arena", "offset", "bytes", "terms", "lender", "pid")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ARENA_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     LENDER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     generation: int
     arena: int
     offset: int
     bytes: int
     terms: Terms
     lender: str
-    def __init__(self, generation: _Optional[int] = ..., arena: _Optional[int] = ..., offset: _Optional[int] = ..., bytes: _Optional[int] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., lender: _Optional[str] = ...) -> None: ...
+    pid: int
+    def __init__(self, generation: _Optional[int] = ..., arena: _Optional[int] = ..., offset: _Optional[int] = ..., bytes: _Optional[int] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., lender: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Granted(_message.Message):
     __slots__ = ("lease", "pieces")
@@ -243,10 +245,12 @@ class Refused(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., free: _Optional[int] = ..., longest: _Optional[int] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("left",)
+    __slots__ = ("left", "held")
     LEFT_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     left: int
-    def __init__(self, left: _Optional[int] = ...) -> None: ...
+    held: int
+    def __init__(self, left: _Optional[int] = ..., held: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "field", "value", "allowed")

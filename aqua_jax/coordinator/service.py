@@ -211,7 +211,7 @@ class Service:
     def _simple(
         self, key: int, kind: str | None, message: messages.FromClient
     ) -> messages.ToClient:
-        ledger, left = self.ledger, 0
+        ledger, left, held = self.ledger, 0, 0
         if kind == "lend":
             span = message.lend.span
             ledger.lend(key, message.lend.arena, span.start, span.end)
@@ -221,6 +221,7 @@ class Service:
                 left = ledger.reclaim(key, asked.arena, asked.limit, asked.deadline_ms / 1000)
             else:
                 ledger.resize(key, asked.arena, asked.limit)
+            held = ledger.arenas[asked.arena].held
         elif kind == "unregister":
             gone = message.unregister
             ledger.unregister(key, gone.arena, abandon=gone.abandon)
@@ -233,7 +234,7 @@ class Service:
             ledger.free(key, message.free.lease)
         elif kind != "renew":
             raise LedgerError("message", kind, "one that clients send, hello only once")
-        return translate.done(message.id, left)
+        return translate.done(message.id, left, held)
 
     async def _borrow(self, session: Session, number: int, asked: messages.Borrow) -> None:
         ledger, end = self.ledger, time.monotonic() + CLEAN_S

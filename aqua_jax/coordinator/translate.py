@@ -84,9 +84,9 @@ def registered(number: int, arena: int) -> messages.ToClient:
     return messages.ToClient(id=number, registered=messages.Registered(arena=arena))
 
 
-def done(number: int, left: int = 0) -> messages.ToClient:
+def done(number: int, left: int = 0, held: int = 0) -> messages.ToClient:
     """Answers what has no other answer."""
-    return messages.ToClient(id=number, done=messages.Done(left=left))
+    return messages.ToClient(id=number, done=messages.Done(left=left, held=held))
 
 
 def refused(number: int, answer: Refused) -> messages.ToClient:
@@ -102,10 +102,11 @@ def granted(number: int, lease: Lease, ledger: Ledger) -> messages.ToClient:
     pieces = []
     for found in lease.ranges:
         arena = ledger.arenas[found.arena]
+        producer = ledger.clients[arena.producer]
         pieces.append(messages.Piece(
             generation=found.generation, arena=found.arena, offset=found.offset,
-            bytes=found.size, terms=terms_message(arena.terms),
-            lender=ledger.clients[arena.producer].name,
+            bytes=found.size, terms=terms_message(arena.terms), lender=producer.name,
+            pid=producer.identity[0],
         ))
     return messages.ToClient(
         id=number, granted=messages.Granted(lease=lease.id, pieces=pieces)

@@ -40,7 +40,7 @@ class Borrowing:
       stores: one for each lease, or for leases that belong together; oldest first.
       leases: that were ever there.
       lost: of these, those whose lender has gone.
-      paces: what lenders let copies be at most, for those that say so, by arena.
+      paces: what lenders let copies be at most, for those that say so, by process, name and rate.
       moved: by lender, bytes moved from the pool to its memory, and back.
     """
 
@@ -59,7 +59,7 @@ class Borrowing:
         """
         self.stores: tuple[LentStore, ...] = ()
         self.leases = self.lost = 0
-        self.paces: dict[int, Pace] = {}
+        self.paces: dict[tuple[int, str, int], Pace] = {}
         self.moved: dict[str, list[int]] = {}
         self._limit, self._slot_bytes, self._page_tokens = limit, slot_bytes, page_tokens
         self._homes = tuple(homes)
@@ -131,12 +131,13 @@ class Borrowing:
         return SplitStore(parts, self._homes, self._page_tokens)
 
     def _pace(self, lease: Lease) -> Pace | None:
-        """One for all leases of an arena: it is the arena's owner who said it."""
+        """One for all leases of a lender: an engine's extents are an arena each."""
         if not isinstance(lease, Loan) or not lease.bandwidth_cap:
             return None
-        pace = self.paces.get(lease.arena)
+        key = lease.pid, lease.lender, lease.bandwidth_cap
+        pace = self.paces.get(key)
         if pace is None:
-            pace = self.paces[lease.arena] = Pace(lease.bandwidth_cap, self._slot_bytes)
+            pace = self.paces[key] = Pace(lease.bandwidth_cap, self._slot_bytes)
         return pace
 
     def drop(self, store: LentStore) -> None:

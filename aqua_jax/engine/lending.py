@@ -8,7 +8,8 @@ Everything is decided here, on the engine's thread, at step boundaries: an `Info
 extents are left over; those are emptied (`WithdrawablePool`, `scheduling.relocation`), the last
 ones first, and handed to a `memory.producer.Producer`, whose thread talks to the coordinator. When
 need grows, extents that are being emptied stay, and of those that are lent as many as are needed
-are wanted back; pages come back to the allocator as they are given back. Nothing here waits, and
+are wanted back; pages come back to the allocator as they are given back. If need falls before all
+of an extent is back, the part that is ours is emptied and lent again. Nothing here waits, and
 between decisions a step boundary costs a look at a flag and at the clock.
 
 An extent is handed over only when the steps that were dispatched before its last page was left have
@@ -39,13 +40,14 @@ class Lends(Protocol):
 
     news: bool
     lost: int
+    longest_s: float
 
     @property
     def connected(self) -> bool:
         """Whether anything can be lent now."""
 
-    def lend(self, extent: int) -> None:
-        """Lends an extent."""
+    def lend(self, extent: int, first: int = 0, last: int | None = None) -> None:
+        """Lends an extent, or pages first to last - 1 of it."""
 
     def keep(self, count: int) -> None:
         """Lends at most so many."""
@@ -56,9 +58,9 @@ class Lends(Protocol):
 
 class _State(enum.Enum):
     OURS = 0
-    EMPTYING = 1  # withdrawn; sequences may still be on it
+    EMPTYING = 1  # what is ours of it is withdrawn; sequences may still be there
     EMPTY = 2  # nobody's; a dispatched step may still write there
-    LENT = 3  # the producer's, or on its way back
+    LENT = 3  # the producer's, or on its way back; perhaps not all of it any more
 
 
 @dataclasses.dataclass
@@ -67,12 +69,14 @@ class LendingCounters:
 
     Attributes:
       extents_lent: handed over to be lent.
+      parts_lent: runs of pages of extents that were handed over again before all had come back.
       extents_back: that have come back entirely.
       pages_back: pages that have come back.
       kept: extents that were being emptied and weren't lent after all.
     """
 
     extents_lent: int = 0
+    parts_lent: int = 0
     extents_back: int = 0
     pages_back: int = 0
     kept: int = 0
@@ -108,6 +112,8 @@ class EngineLender:
         self._since = [0.0] * pool.extents  # when it began to be emptied
         self._fence = [0] * pool.extents  # steps that must have ended before it is handed over
         self._away = [0] * pool.extents  # pages that aren't back
+        # What of it is being emptied: [first, last) of its pages.
+        self._leaving: list[list[tuple[int, int]]] = [[] for _ in self._states]
         self._per_request = 0.0
         self._target = self._kept = 0
         self._next = self._not_before = 0.0
@@ -164,18 +170,43 @@ class EngineLender:
             if states[extent] in (_State.EMPTYING, _State.EMPTY):
                 self._stay(extent)
                 going -= 1
+                lent += states[extent] is _State.LENT
+        if not self._producer.connected:
+            return
+        # Where nothing is wanted back any more, what has come back of an extent goes again: it
+        # counts as lent anyway.
+        for extent in range(self._pool.extents) if lent + going <= self._target else ():
+            if states[extent] is _State.LENT and now >= self._since[extent]:
+                self._empty(extent, now)
         for extent in reversed(range(self._pool.extents)):
-            if lent + going >= self._target or not self._producer.connected:
+            if lent + going >= self._target:
                 break
             if states[extent] is _State.OURS and now >= self._since[extent]:
-                self._pool.withdraw(extent)
-                states[extent], self._since[extent] = _State.EMPTYING, now
+                self._empty(extent, now)
                 going += 1
 
+    def _empty(self, extent: int, now: float) -> None:
+        """Begins to empty what is ours of an extent, if anything is."""
+        if self._away[extent] == self._pool.extent_pages:
+            return
+        pages = self._pool.pages_of(extent)
+        ours = [index for index, page in enumerate(pages) if not self._pool.withdrawn(page)]
+        runs = self._leaving[extent]
+        for index in ours:
+            if runs and runs[-1][1] == index:
+                runs[-1] = runs[-1][0], index + 1
+            else:
+                runs.append((index, index + 1))
+        self._pool.withdraw(extent)
+        self._states[extent], self._since[extent] = _State.EMPTYING, now
+
     def _stay(self, extent: int) -> None:
-        """An extent that was to be lent isn't."""
-        self._pool.restore(self._pool.pages_of(extent))
-        self._states[extent] = _State.OURS
+        """An extent, or a part of one, that was to be lent isn't."""
+        pages, runs = self._pool.pages_of(extent), self._leaving[extent]
+        for first, last in runs:
+            self._pool.restore(pages[first:last])
+        runs.clear()
+        self._states[extent] = _State.LENT if self._away[extent] else _State.OURS
         self.counters.kept += 1
 
     def _hand_over(self, now: float, dispatched: int, taken_in: int) -> None:
@@ -187,30 +218,39 @@ class EngineLender:
                 self._since[extent] = now + _EMPTYING_S  # not at once again
             if self._states[extent] is _State.EMPTY and taken_in >= self._fence[extent]:
                 self._states[extent] = _State.LENT
-                self._away[extent] = self._pool.extent_pages
-                self.counters.extents_lent += 1
-                self._producer.lend(extent)
+                runs = self._leaving[extent]
+                whole = runs == [(0, self._pool.extent_pages)]
+                self.counters.extents_lent += whole
+                self.counters.parts_lent += 0 if whole else len(runs)
+                if not whole:  # what can't be lent comes back at once: not again and again
+                    self._since[extent] = now + _EMPTYING_S
+                for first, last in runs:
+                    self._away[extent] += last - first
+                    self._producer.lend(extent, first, last)
+                runs.clear()
 
     def _take_back(self) -> None:
         for extent, first, last in self._producer.take_returned():
             self._pool.restore(self._pool.pages_of(extent)[first:last])
             self._away[extent] -= last - first
             self.counters.pages_back += last - first
-            if not self._away[extent]:
+            if not self._away[extent] and self._states[extent] is _State.LENT:
                 self._states[extent], self._since[extent] = _State.OURS, 0.0
                 self.counters.extents_back += 1
 
     def stats(self) -> dict[str, Any]:
         """Pages that can be lent, that are, and that are wanted back; what has happened."""
-        lent = sum(self._away)
-        kept = self._kept * self._pool.extent_pages
+        away = sorted(self._away, reverse=True)
+        lent = sum(away)
         return {
             "lendable": self._pool.extents * self._pool.extent_pages,
             "extent_pages": self._pool.extent_pages,
             "lent": lent,
-            "wanted_back": max(0, lent - kept),
+            # Wanted are whole extents; of these the ones that have the least left to give.
+            "wanted_back": sum(away[self._kept :]),
             "emptying": self._pool.draining,
             "lost": self._producer.lost * self._pool.extent_pages,
+            "longest_take_back_s": self._producer.longest_s,
             "connected": self._producer.connected,
             **dataclasses.asdict(self.counters),
         }

@@ -20,7 +20,7 @@ from aqua_jax.coordinator.records import PAGE, ArenaTerms, Span, whole
 from aqua_jax.errors import AquaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.link import Link, messages
+from aqua_jax.memory.link import Link, Question, messages
 from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
 
 _log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Client:
         told = piece.terms
         return Loan(
             arena, piece.generation, self._release, self._forget, lease=lease,
-            number=piece.arena, lender=piece.lender,
+            number=piece.arena, lender=piece.lender, pid=piece.pid,
             terms=ArenaTerms(
                 told.size, told.name, told.kind, told.domain, told.bandwidth, told.cap, told.scrub
             ),
@@ -259,6 +259,9 @@ class Client:
         wish = self._wish(lending, limit, deadline_s)
         with self._lock:
             lending.wish = (limit, deadline_s) if limit < lending.lent else None
+        if wait_s == 0:
+            self._link.tell(reclaim=wish)
+            return max(0, lending.lent - limit)
         try:
             return cast(int, self._link.ask(wait_s, reclaim=wish).left)
         except CoordinatorError:
@@ -269,6 +272,26 @@ class Client:
         wish = self._wish(lending, limit, 0.0)
         wish.revoke = False
         return cast(int, self._link.ask(reclaim=wish).left)
+
+    def borrowed(self, lendings: Sequence[Lending]) -> list[int | None]:
+        """Bytes of each that borrowers have, with one wait for all; None where nobody can say.
+
+        Args:
+          lendings: of which nothing is wanted back.
+        """
+        questions: list[Question] = []
+        with contextlib.suppress(CoordinatorError):  # away: nobody can say
+            for lending in lendings:
+                wish = self._wish(lending, lending.lent, 0.0)  # changes nothing
+                wish.revoke = False
+                questions.append(self._link.begin(reclaim=wish))
+        end = time.monotonic() + self._link.timeout_s
+        found: list[int | None] = [None] * len(lendings)
+        for index, question in enumerate(questions):
+            with contextlib.suppress(LedgerError, CoordinatorError):
+                left = max(0.0, end - time.monotonic())
+                found[index] = self._link.answer(question, left).held
+        return found
 
     @staticmethod
     def _wish(lending: Lending, limit: int, deadline_s: float) -> Any:

@@ -156,10 +156,11 @@ def status(path: str, timeout_s: float = 5.0) -> Any:
         entry.close()
 
 
-@dataclasses.dataclass
-class _Asked:
+@dataclasses.dataclass(frozen=True)
+class Question:
     """A question under way."""
 
+    number: int
     inbox: queue.SimpleQueue[Any]
 
 
@@ -191,7 +192,7 @@ class Link:
         self._answered = answered
         self._lock = threading.Lock()  # over what follows; never held while waiting
         self._number = 0
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Question] = {}
         self._outgoing: queue.SimpleQueue[Any] | None = None
         self._call: Any = None
         self.key = 0
@@ -228,25 +229,41 @@ class Link:
           CoordinatorError: no answer: the coordinator is away, or too slow.
           AquaError: what it answered.
         """
-        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        return self.answer(self.begin(**body), timeout_s)
+
+    def begin(self, **body: Any) -> Question:
+        """Asks; `answer` waits. Several questions under way at once cost one wait.
+
+        Raises:
+          CoordinatorError: the coordinator is away.
+        """
         with self._lock:
             if not self.connected or self._outgoing is None:
                 raise CoordinatorError(f"the coordinator at {self.path} is away{self._because()}")
             self._number += 1
-            number = self._number
-            self._asked[number] = _Asked(inbox)
-            self._outgoing.put(messages.FromClient(id=number, **body))
+            question = Question(self._number, queue.SimpleQueue())
+            self._asked[question.number] = question
+            self._outgoing.put(messages.FromClient(id=question.number, **body))
+        return question
+
+    def answer(self, question: Question, timeout_s: float | None = None) -> Any:
+        """Waits for the answer to what `begin` asked; once.
+
+        Raises:
+          CoordinatorError: no answer.
+          AquaError: what it answered.
+        """
         limit = self.timeout_s if timeout_s is None else timeout_s
         try:
-            answer = inbox.get(timeout=limit)
+            answer = question.inbox.get(timeout=limit)
         except queue.Empty:
             with self._lock:
-                gone = self._asked.pop(number, None) is not None
+                gone = self._asked.pop(question.number, None) is not None
             if gone:
                 raise CoordinatorError(
-                    f"no answer from the coordinator at {self.path} in {limit} s"
+                    f"no answer from the coordinator at {self.path} in {limit:.3g} s"
                 ) from None
-            answer = inbox.get()
+            answer = question.inbox.get()
         if answer is _GONE:
             raise CoordinatorError(f"the coordinator at {self.path} went away{self._because()}")
         if isinstance(answer, messages.Error):

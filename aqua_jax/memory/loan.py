@@ -32,20 +32,23 @@ class Loan(Lease):
       arena: the id of the arena it is in.
       terms: the arena's.
       lender: its lender's name.
+      pid: its lender's process.
     """
 
     def __init__(
         self, arena: Arena, generation: int, release: Callable[[Lease, int, int], None],
         closed: Callable[[Lease], None], *, lease: int, number: int, terms: ArenaTerms,
-        lender: str,
+        lender: str, pid: int,
     ) -> None:
         """As `Lease`; the rest are the attributes."""
         super().__init__(arena, generation, release, closed)
         self.lease, self.arena, self.terms, self.lender = lease, number, terms, lender
+        self.pid = pid
 
     @property
     def bandwidth_cap(self) -> int:
-        """Bytes/s that its holder's pager keeps to; 0: no limit."""
+        """Bytes/s that its holder's pager keeps to, for all that it has from that lender on the
+        same terms; 0: no limit."""
         return self.terms.cap
 
 
@@ -108,7 +111,8 @@ class LendingOwner(Protocol):
     def reclaim(
         self, lending: Lending, limit: int, deadline_s: float, wait_s: float | None = None
     ) -> int:
-        """Wants to lend at most `limit` bytes; waits so long for the ledger's answer."""
+        """Wants to lend at most `limit` bytes; waits so long for the ledger's answer, with 0 not
+        at all, with None as long as for any."""
 
     def resize(self, lending: Lending, limit: int) -> int:
         """Lends at most `limit` bytes, if that takes nothing from borrowers."""
@@ -161,21 +165,23 @@ class Lending:
         self._check()
         self._owner.lend_more(self, start, start + size)
 
-    def reclaim(self, limit: int = 0, deadline_s: float = 10.0) -> int:
+    def reclaim(self, limit: int = 0, deadline_s: float = 10.0, *, wait: bool = True) -> int:
         """Wants to lend at most `limit` bytes; what is above comes through `take_returned`.
 
         Args:
           limit: bytes. Higher than before takes back what was wished.
           deadline_s: seconds that borrowers have.
+          wait: for the coordinator's answer.
 
         Returns:
-          Bytes still to come. While the coordinator is away: all that are above the limit.
+          Bytes still to come. While the coordinator is away, or without waiting: all that are above
+          the limit.
 
         Raises:
           LedgerError: numbers that can't be.
         """
         self._check()
-        return self._owner.reclaim(self, limit, deadline_s)
+        return self._owner.reclaim(self, limit, deadline_s, None if wait else 0.0)
 
     def resize(self, limit: int) -> int:
         """As `reclaim`, but takes only what nobody has borrowed.

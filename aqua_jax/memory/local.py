@@ -7,6 +7,7 @@ same calls as `client.Client`; answers come at once, and nothing ever expires or
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,7 @@ class LocalClient:
         arena = Arena.adopt(lending.arena.fd, found.offset, found.size)
         return Loan(
             arena, found.generation, self._release, self._forget, lease=lease,
-            number=found.arena, terms=lending.terms, lender=self.name,
+            number=found.arena, terms=lending.terms, lender=self.name, pid=os.getpid(),
         )
 
     def _release(self, loan: Lease, offset: int, size: int) -> None:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 
 from aqua_jax.coordinator.intervals import Intervals
-from aqua_jax.errors import AquaError, CoordinatorError, LedgerError
-from aqua_jax.memory.arena import PAGE
+from aqua_jax.errors import AquaError
+from aqua_jax.memory.arena import PAGE, round_up
 from aqua_jax.memory.client import Client
 from aqua_jax.memory.loan import Lendable, Lending
 
@@ -30,6 +30,7 @@ class Producer:
 
     Attributes:
       news: whether `take_returned` has something.
+      longest_s: from when an extent was wanted back until all of it was, the longest so far.
       lost: extents that the coordinator lends no more and never gave back: nobody may use them.
     """
 
@@ -59,13 +60,14 @@ class Producer:
         self._client = Client(path, name=name, domain=domain, timeout_s=timeout_s)
         self.news = False
         self.lost = 0
+        self.longest_s = 0.0
         self._returned: collections.deque[tuple[int, int, int]] = collections.deque()
         # The thread's alone from here on.
         self._lendings: dict[int, Lending] = {}
-        self._back: dict[int, Intervals] = {}  # of extents that were lent, bytes that are back
-        self._wanted: set[int] = set()
+        self._ours: dict[int, Intervals] = {}  # of extents that were lent, bytes that aren't now
+        self._wanted: dict[int, float] = {}  # back, and since when
         self._keep = len(self._extents)
-        self._said: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[tuple[str, tuple[int, ...]]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="aqua-producer", daemon=True)
         self._thread.start()
 
@@ -81,12 +83,15 @@ class Producer:
 
     # What the owner says and hears, without waiting.
 
-    def lend(self, extent: int) -> None:
-        """Lends an extent, all of which is the owner's now and unused.
+    def lend(self, extent: int, first: int = 0, last: int | None = None) -> None:
+        """Lends an extent, or units first to last - 1 of it, which are the owner's and unused.
 
-        If that can't be, it comes back as if it had been lent.
+        What can't be lent comes back as if it had been; units at the ends, too, that share a page
+        of the system with others that aren't lent with them.
         """
-        self._said.put(("lend", extent))
+        if last is None:
+            last = -(-self._extents[extent].size // self._unit)
+        self._said.put(("lend", (extent, first, last)))
 
     def keep(self, count: int) -> None:
         """Lends at most so many extents from now on.
@@ -94,7 +99,7 @@ class Producer:
         Taken back first is what nobody has borrowed; borrowers of as many others as are needed are
         asked, and those extents come as they are given back. A higher count takes the wish back.
         """
-        self._said.put(("keep", count))
+        self._said.put(("keep", (count,)))
 
     def take_returned(self) -> list[tuple[int, int, int]]:
         """(extent, first, last) of units that are the owner's again, each once."""
@@ -106,23 +111,24 @@ class Producer:
 
         What hasn't come back by then is lost to its borrowers. It stays mapped there.
         """
-        self._said.put(("close", 0))
+        self._said.put(("close", ()))
         self._thread.join()
 
     # The thread.
 
     def _run(self) -> None:
-        word, number = "", 0
+        word = ""
+        numbers: tuple[int, ...] = ()
         while word != "close":
             try:
-                word, number = self._said.get(timeout=_SOON_S if self._wanted else _LATER_S)
+                word, numbers = self._said.get(timeout=_SOON_S if self._wanted else _LATER_S)
             except queue.Empty:
                 word = ""
             try:
                 if word == "lend":
-                    self._offer(number)
+                    self._offer(*numbers)
                 elif word == "keep":
-                    self._keep = number
+                    self._keep = numbers[0]
                 if word:
                     self._settle()
             except AquaError as error:
@@ -130,9 +136,16 @@ class Producer:
             self._collect()
         self._leave()
 
-    def _offer(self, extent: int) -> None:
-        memory, lending = self._extents[extent], self._lendings.get(extent)
-        self._back[extent] = Intervals()
+    def _offer(self, extent: int, first: int, last: int) -> None:
+        memory, lending, unit = self._extents[extent], self._lendings.get(extent), self._unit
+        ours = self._ours.setdefault(extent, Intervals([(0, memory.size)]))
+        start, end = round_up(first * unit), min(last * unit, memory.size) // PAGE * PAGE
+        if start >= end:
+            self._report(extent, first, last)
+            return
+        self._report(extent, first, start // unit)
+        self._report(extent, -(-end // unit), last)
+        ours.remove(start, end)
         try:
             if lending is None:
                 # Nothing of it at first: an answer that comes too late then lends nothing.
@@ -140,10 +153,10 @@ class Producer:
                     memory, [], name=self._name, cap=self._cap, scrub=self._scrub
                 )
                 self._lendings[extent] = lending
-            lending.lend(0, memory.size)
+            lending.lend(start, end - start)
         except AquaError as error:
             _log.info("extent %d can't be lent now: %s", extent, error)
-            self._came_back(extent, 0, memory.size)
+            self._came_back(extent, start, end)
 
     def _lent(self) -> list[int]:
         return [
@@ -152,33 +165,27 @@ class Producer:
         ]
 
     def _settle(self) -> None:
-        """Wants as many back as there are too many."""
+        """Wants as many back as there are too many. Waits for the coordinator once at most: its
+        answers are slow while the owner keeps the processor busy."""
         lent = self._lent()
         need = len(lent) - self._keep - len(self._wanted)
         for extent in sorted(self._wanted)[: max(0, -need)]:
             lending = self._lendings[extent]
-            lending.reclaim(lending.lent, 0.0)
-            self._wanted.discard(extent)
-        if need <= 0:
-            return
+            lending.reclaim(lending.lent, 0.0, wait=False)
+            del self._wanted[extent]
         others = [extent for extent in lent if extent not in self._wanted]
-        for ask in (self._take_if_free, self._take):
-            for extent in others:
-                if need and extent not in self._wanted and ask(self._lendings[extent]):
-                    self._wanted.add(extent)
-                    need -= 1
-
-    @staticmethod
-    def _take_if_free(lending: Lending) -> bool:
-        try:
-            lending.resize(0)
-        except (LedgerError, CoordinatorError):  # borrowed in part; or nobody can say
-            return False
-        return True
-
-    def _take(self, lending: Lending) -> bool:
-        lending.reclaim(0, self._deadline_s)
-        return True
+        if 0 < need < len(others):
+            # What nobody has borrowed comes at once, and what is borrowed in part is soon given
+            # back.
+            borrowed = self._client.borrowed([self._lendings[extent] for extent in others])
+            costs = {
+                extent: self._lendings[extent].lent if held is None else held
+                for extent, held in zip(others, borrowed, strict=True)
+            }
+            others.sort(key=lambda extent: (costs[extent], self._lendings[extent].lent))
+        for extent in others[: max(0, need)]:
+            self._lendings[extent].reclaim(0, self._deadline_s, wait=False)
+            self._wanted[extent] = time.monotonic()
 
     def _collect(self) -> None:
         for extent, lending in list(self._lendings.items()):
@@ -187,20 +194,25 @@ class Producer:
                     self._came_back(extent, start, end)
             if not lending.alive:
                 del self._lendings[extent]
-                self._wanted.discard(extent)
+                self._wanted.pop(extent, None)
                 if lending.lent:
                     self.lost += 1
                     _log.warning("extent %d stays away: the coordinator lends it no more", extent)
             elif not lending.lent:
-                self._wanted.discard(extent)
+                since = self._wanted.pop(extent, None)
+                if since is not None:
+                    self.longest_s = max(self.longest_s, time.monotonic() - since)
 
     def _came_back(self, extent: int, start: int, end: int) -> None:
-        back, unit = self._back[extent], self._unit
-        back.add(start, end)
+        ours, unit = self._ours[extent], self._unit
+        ours.add(start, end)
         first, last = start // unit, -(-end // unit)
         # At the ends others' bytes of the same unit may still be away.
-        first += not back.contains(first * unit, first * unit + unit)
-        last -= not back.contains(last * unit - unit, last * unit)
+        first += not ours.contains(first * unit, first * unit + unit)
+        last -= not ours.contains(last * unit - unit, last * unit)
+        self._report(extent, first, last)
+
+    def _report(self, extent: int, first: int, last: int) -> None:
         if first < last:
             self._returned.append((extent, first, last))
             self.news = True

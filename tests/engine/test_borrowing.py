@@ -199,14 +199,15 @@ class Watch:
     """What the copy queue has copied by when, looked at all the time by a thread."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[float, int]] = []
+        self.seen: list[tuple[float, float, int]] = []  # between two moments, bytes so far
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def _look(self) -> None:
         while not self._over.wait(0.0005):
+            before = time.monotonic()
             counters = copy_queue.counters()
-            self.seen.append((time.monotonic(), counters.bytes_out + counters.bytes_in))
+            self.seen.append((before, time.monotonic(), counters.bytes_out + counters.bytes_in))
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -217,12 +218,12 @@ class Watch:
         self._thread.join()
 
     def most_within(self, window: float) -> int:
-        """Bytes copied between two looks that are at most so far apart."""
+        """Bytes copied between two looks that were surely at most so far apart."""
         most = first = 0
-        for at, total in self.seen:
-            while self.seen[first][0] < at - window:
+        for _, after, total in self.seen:
+            while first < len(self.seen) - 1 and self.seen[first][0] < after - window:
                 first += 1
-            most = max(most, total - self.seen[first][1])
+            most = max(most, total - self.seen[first][2])
         return most
 
 
@@ -250,6 +251,23 @@ def test_a_lenders_bandwidth_is_kept_to_and_known(folder, expected, running):
         moved = stats["bytes_out"] + stats["bytes_in"]
         assert moved > cap * 0.2 and stats["capped_copies"] > 0 and stats["capped_s"] > 0
         assert watch.most_within(0.1) <= cap * 0.1 + PAGE_BYTES
+
+
+def test_one_lenders_cap_is_one_for_all_that_it_lends(folder, running):
+    """An engine lends each extent by itself."""
+    with (
+        Arena.create(8 * PAGE_BYTES) as one, Arena.create(8 * PAGE_BYTES) as two,
+        Client(running.path, name="both") as client,
+    ):
+        for arena in (one, two):
+            client.lend(arena, cap=1 << 20)
+        with lent(running.path, 8, "other", 1 << 20), tight(
+            folder, peer=running.path, host_kv_memory=0, **SLICES
+        ) as engine:
+            stores = engine._pager._borrowing.stores
+            paces = {store.lease.lender: store.pace for store in stores}
+            assert len(stores) == 3 and len(set(map(id, paces.values()))) == 2
+            assert all(paces[store.lease.lender] is store.pace for store in stores)
 
 
 def test_a_slow_lender_is_used_beside_a_fast_host_and_not_at_all_if_recomputing_is_faster(

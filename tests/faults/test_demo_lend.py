@@ -49,7 +49,7 @@ def test_it_lends_takes_back_and_lends_again_and_answers_everybody(scripts, tmp_
     assert seen.problems == [], text
     assert "12 of 12 requests answered" in text and "4 of 4 requests answered" in text
     assert seen.lent_idle == seen.lent_again > seen.least_lent
-    assert seen.borrowed > 0 and seen.taken_back > 0
+    assert seen.borrowed > 0 and seen.taken_back > 0 and seen.taking_s > 0.0
     assert all(process.poll() is not None for process in processes)
     assert not [name for name in os.listdir("/proc/self/fd") if "aqua-demo" in name]
 

@@ -1,5 +1,6 @@
 """Extents lent through a real coordinator: what is taken back, from whom, and when."""
 
+import ctypes
 import signal
 import time
 
@@ -101,6 +102,76 @@ def test_a_unit_comes_back_when_all_of_it_has(path):
                 loan.give_back(start, size)
                 wait_for(lambda left=start + size: running.held() == loan.held.total)
                 wait_for(lambda units=units: owner.has(*units))
+
+
+@pytest.mark.parametrize("unit", [UNIT, PAGE // 2, PAGE + PAGE // 2])
+def test_what_is_back_of_an_extent_can_be_lent_again_unit_by_unit(path, unit):
+    """Also where units aren't whole pages of the system; nothing is both lent and the owner's."""
+    units = 12
+    with (
+        coordinator(path) as running, LendableMemory(1, units * unit) as memory,
+        Client(path) as borrower,
+    ):
+        producer = Producer(path, memory.extents, unit=unit)
+        ours: set[int] = set()
+
+        def look():
+            if producer.news:
+                for _, first, last in producer.take_returned():
+                    found = set(range(first, last))
+                    assert found and not found & ours
+                    ours.update(found)
+            return ours
+
+        try:
+            producer.lend(0)
+            wait_for(lambda: lent(running) == memory.size)
+            (loan,) = borrower.borrow(memory.size)
+            producer.keep(0)
+            wait_for(lambda: borrower.wanted)
+            half = memory.size // 2 // PAGE * PAGE
+            loan.give_back(half, memory.size - half)
+            wait_for(lambda: look() == set(range(-(-half // unit), units)))
+            producer.keep(1)
+            wait_for(lambda: not borrower.wanted, "the wish is taken back")
+            # All but the last two are lent again.
+            first = min(ours)
+            again = set(range(first, units - 2))
+            ours -= again
+            producer.lend(0, first, units - 2)
+            whole = range(-(-first * unit // PAGE) * PAGE, (units - 2) * unit // PAGE * PAGE)
+            wait_for(lambda: lent(running) == half + len(whole))
+            apart = {u for u in again if (u + 1) * unit <= whole.start or u * unit >= whole.stop}
+            wait_for(lambda: look() >= apart)
+            assert ours == apart | {units - 2, units - 1}
+            (other,) = borrower.borrow(len(whole))
+            other.write(0, b"x" * other.size)
+            for index in (units - 2, units - 1):  # the owner's, to the last byte
+                extent = memory.extents[0]
+                assert ctypes.string_at(extent.address + index * unit, unit) == bytes(unit)
+            producer.keep(0)
+            wait_for(lambda: loan.wanted_back == half and other.wanted_back == other.size)
+            other.close()
+            loan.close()
+            wait_for(lambda: look() == set(range(units)))
+            assert producer.longest_s > 0.0
+        finally:
+            producer.close()
+
+
+def test_a_coordinator_that_hangs_is_waited_for_once_however_much_is_wanted(path):
+    with coordinator(path, "--term_s=5") as running, Owner(path, timeout_s=0.4) as owner:
+        owner.lend_all()
+        wait_for(lambda: lent(running) == owner.memory.size)
+        running.signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            owner.producer.keep(1)
+            wait_for(lambda: len(owner.producer._wanted) == 2, "asked for, whoever may hold it")
+            assert time.monotonic() - began < 2 * 0.4
+        finally:
+            running.signal(signal.SIGCONT)
+        wait_for(lambda: lent(running) == 2 * UNIT)
 
 
 def test_without_a_coordinator_nothing_is_lost_and_later_all_comes_back(path):
