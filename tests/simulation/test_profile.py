@@ -128,3 +128,39 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
         flags.parse(arguments)
         with pytest.raises(UsageError, match=words):
             run(flags)
+
+
+def profile_to(path: Path, folder: Path) -> int:
+    flags = FlagSet()
+    define(flags)
+    flags.parse([
+        "--engine", f"--output={path}", f"--model={write_config(folder / 'tiny')}",
+        "--load_format=dummy", "--dtype=float32", "--kv_cache_tokens=320", "--max_num_seqs=8",
+        "--max_step_tokens=64", "--warmup=none", "--compile_cache_dir=", "--rounds=1",
+    ])
+    return run(flags)
+
+
+def test_a_profile_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = folder / "machine.json"
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("aqua_jax.simulation.profile.record", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            profile_to(path, tmp_path)
+    assert list(folder.iterdir()) == [], "an interrupted profile leaves nothing"
+    path.write_text("what was there")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            profile_to(path, tmp_path)
+    assert path.read_text() == "what was there" and list(folder.iterdir()) == [path]
+    assert profile_to(path, tmp_path) == 0
+    assert build_system(str(path), None).num_pages == 20 and list(folder.iterdir()) == [path]
