@@ -151,10 +151,12 @@ def test_abort_gives_the_consumer_a_last_output(shared):
 
 def test_an_idle_engine_uses_no_processor(shared):
     assert idle(shared)
-    time.sleep(0.1)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.15
+    spent = []
+    while not spent or (min(spent) >= 0.15 and len(spent) < 5):  # others end their work
+        before = time.process_time()
+        time.sleep(0.5)
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.15, spent
 
 
 def test_shutdown_ends_everybody_with_the_reason(config):

@@ -408,9 +408,12 @@ def test_many_connections_leave_nothing_and_too_many_are_turned_away(bystander):
 
 
 def test_a_lender_sleeps_when_nothing_happens(bystander):
-    thread_time = time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
-    time.sleep(0.3)
-    assert time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID) - thread_time < 0.1
+    spent = []
+    while not spent or (min(spent) >= 0.1 and len(spent) < 5):  # others end their work
+        before = time.process_time()
+        time.sleep(0.3)
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.1, spent
 
 
 def test_flags_cost_nothing_to_read(bystander):

@@ -73,12 +73,12 @@ def test_a_coordinator_that_is_away_or_hangs_holds_nobody_up():
             running.signal(signal.SIGSTOP)
             started = time.monotonic()
             assert hung.close(drain_s=0.2) == MIB
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 5.0
             running.kill()
             wait_for(lambda: not owner.connected)
             started = time.monotonic()
-            assert away.close() == MIB
-            assert time.monotonic() - started < 0.5
+            assert away.close(drain_s=60.0) == MIB
+            assert time.monotonic() - started < 5.0  # not a moment of its sixty seconds
 
 
 def test_inside_one_process():

@@ -47,12 +47,15 @@ def test_a_scrape_counts_what_was_done(served):
         else:
             assert ask(served.port, "/v1/completions", with_stream)[0] == 200
     assert served.idle()
-    time.sleep(0.25)  # older than a snapshot that may be handed out again
     after = scrape(served)
 
     def grown(name, *labels):
         return after[name, labels] - before.get((name, labels), 0)
 
+    end = time.monotonic() + 20
+    while grown("aqua_requests_finished_total") < 2 and time.monotonic() < end:
+        time.sleep(0.05)  # an older snapshot was handed out again
+        after = scrape(served)
     assert grown("aqua_requests_total") == grown("aqua_requests_finished_total") == 2
     assert grown("aqua_output_tokens_total") == 80
     assert grown("aqua_time_to_first_token_seconds_count") == 2
@@ -120,8 +123,10 @@ def test_thread_seconds_name_our_threads():
     thread = threading.Thread(target=spin, name="spinner-3")
     before = thread_seconds().get("spinner", 0.0)
     thread.start()
-    time.sleep(0.3)
-    after = thread_seconds()
+    end, after = time.monotonic() + 20, {}
+    while after.get("spinner", 0.0) <= before and time.monotonic() < end:
+        time.sleep(0.05)
+        after = thread_seconds()
     stop.set()
     thread.join()
     assert after["spinner"] > before and "MainThread" in after
@@ -153,11 +158,14 @@ def test_snapshots_are_taken_between_steps_and_seldom(tmp_path):
                 threads.append(threading.current_thread().name)
                 return len(threads)
 
-            snapshot = Snapshot(engine, look, max_age_s=0.1)
+            snapshot = Snapshot(engine, look, max_age_s=60.0)
             assert await asyncio.gather(*(snapshot.get() for _ in range(50))) == [1] * 50
             assert set(threads) == {"aqua-engine"}
-            await asyncio.sleep(0.15)
-            assert await snapshot.get() == 2
+            young = Snapshot(engine, look, max_age_s=0.01)
+            assert await young.get() == 2
+            while await young.get() == 2:  # ages
+                await asyncio.sleep(0.01)
+            assert await snapshot.get() == 1
             stuck = Snapshot(engine, lambda inner: time.sleep(0.5), patience_s=0.05)
             assert await stuck.get() is None
         assert await Snapshot(engine, look).get() is None  # it was shut down
