@@ -9,12 +9,18 @@ whatever the copy queue moves in or out meanwhile. Activations are left out: a f
 
 *Line*: the sum of what each quantity of `Work` costs. On a CPU it is what we measure: products are
 arithmetic-bound from a few rows on, so prefill and decode add up instead of overlapping.
+
+*Varied*: either, with each step off by as much as some recorded step was. What happens once in a
+run, such as its longest pause, depends on which request comes a millisecond before which step, so
+one run of it says little: the median of several is what to compare with the median of real ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import random
+from collections.abc import Sequence
 from typing import Protocol
 
 from aqua_jax.errors import ConfigError
@@ -142,3 +148,25 @@ class Line:
             + self.prefill_context_s * work.prefill_context
             + self.moved_byte_s * work.moved_bytes
         )
+
+
+class Varied:
+    """Another cost, each step times one of `ratios`, drawn anew for every step; a `StepCost`."""
+
+    def __init__(self, cost: StepCost, ratios: Sequence[float], seed: int) -> None:
+        """
+        Args:
+          cost: of a step in the middle.
+          ratios: what recorded steps took by what they would have taken there.
+          seed: of the draws.
+
+        Raises:
+          ConfigError: no ratios, or one that is not above 0.
+        """
+        if not ratios or not 0.0 < min(ratios) <= max(ratios) < math.inf:
+            raise ConfigError("ratios", list(ratios)[:3], "numbers above 0")
+        self._cost, self._ratios, self._draw = cost, ratios, random.Random(seed)
+
+    def seconds(self, work: Work) -> float:
+        """A draw."""
+        return self._cost.seconds(work) * self._draw.choice(self._ratios)

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 from aqua_jax.bench.workloads import random_prompt
 from aqua_jax.config import SamplingParams
+from aqua_jax.errors import ConfigError
 from aqua_jax.scheduling.plan import Plan
+from aqua_jax.simulation.cost import StepCost
 from aqua_jax.simulation.fit import Fit, fit_line
 from aqua_jax.simulation.work import Work, work_of
 
@@ -154,3 +156,15 @@ def machine_of(
         "columns": [*Work._fields, "seconds"],
         "steps": [[*work, round(seconds, 7)] for work, seconds in steps],
     }, fit
+
+
+def recorded_ratios(machine: dict[str, Any], cost: StepCost) -> list[float]:
+    """For `cost.Varied`: what the recorded steps of a machine took by what `cost` says of them.
+
+    Raises:
+      ConfigError: the machine holds no steps.
+    """
+    rows = machine.get("steps")
+    if not rows or machine.get("columns") != [*Work._fields, "seconds"]:
+        raise ConfigError("steps", machine.get("columns"), "what `aqua-jax profile --engine` wrote")
+    return [row[-1] / cost.seconds(Work(*row[:-1])) for row in rows if row[-1] > 0.0]

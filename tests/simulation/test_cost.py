@@ -8,7 +8,7 @@ import random
 import pytest
 
 from aqua_jax.errors import ConfigError
-from aqua_jax.simulation.cost import Line, ModelShape, Roofline
+from aqua_jax.simulation.cost import Line, ModelShape, Roofline, Varied
 from aqua_jax.simulation.fit import fit_line
 from aqua_jax.simulation.models import MODELS, model_named
 from aqua_jax.simulation.work import Work
@@ -99,3 +99,17 @@ def test_bad_steps_and_lines_are_refused() -> None:
             Line(1.0, decode_s=bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="coefficient"):
         Line(0.0)
+
+
+def test_steps_vary_as_recorded_ones_did() -> None:
+    work, ratios = Work(decodes=4, decode_context=90), [0.9, 1.0, 1.0, 1.5]
+    draws = [one.seconds(work) for one in [Varied(LINE, ratios, 3)] for _ in range(2000)]
+    again = [one.seconds(work) for one in [Varied(LINE, ratios, 3)] for _ in range(2000)]
+    assert draws == again != [one.seconds(work) for one in [Varied(LINE, ratios, 4)]
+                              for _ in range(2000)]
+    shares = [sum(draw == pytest.approx(ratio * LINE.seconds(work)) for draw in draws) / 2000
+              for ratio in (0.9, 1.0, 1.5)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
+    for bad in ([], [1.0, 0.0], [float("inf")]):
+        with pytest.raises(ConfigError, match="ratios"):
+            Varied(LINE, bad, 0)

@@ -13,13 +13,14 @@ from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.cli.profile import define, run
 from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine.recorder import RecordedEngine
+from aqua_jax.errors import ConfigError
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES
 from aqua_jax.scheduling.recording import Recorder
 from aqua_jax.scheduling.slices import SliceConfig
 from aqua_jax.simulation.cost import Line
 from aqua_jax.simulation.machines import build_system
-from aqua_jax.simulation.profile import designed_loads, machine_of, record
+from aqua_jax.simulation.profile import designed_loads, machine_of, record, recorded_ratios
 from aqua_jax.simulation.replay import Replay, build_scheduler
 from aqua_jax.simulation.simulator import Simulator
 from tests.tiny import write_config
@@ -114,8 +115,12 @@ def test_a_machine_of_a_recorded_engine(tmp_path: Path) -> None:
     system = build_system(str(path), None)
     assert system.figures == "fitted" and system.num_pages == 40
     assert system.page_bytes == 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, dim, f32
-    for work, _ in steps:
-        assert system.cost.seconds(work) > 0.0
+    ratios = recorded_ratios(json.loads(path.read_text()), system.cost)
+    taken = [(work, seconds) for work, seconds in steps if seconds > 0.0]
+    for (work, seconds), ratio in zip(taken, ratios, strict=True):
+        assert system.cost.seconds(work) * ratio == pytest.approx(seconds, abs=1e-7)
+    with pytest.raises(ConfigError, match="steps"):
+        recorded_ratios({**machine, "columns": []}, system.cost)
 
 
 def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
