@@ -33,24 +33,18 @@ pool and every sequence in it. A page that didn't arrive is recomputed.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import dataclasses
 import enum
-import functools
 import threading
-import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from aqua_jax.errors import StaleHandleError
-from aqua_jax.ops import library
-
-if TYPE_CHECKING:
-    from aqua_jax.ops.spaces import Spaces
+from aqua_jax.ops.segments import Segment, handle, native
+from aqua_jax.ops.spaces import Spaces
 
 # One move; ffi/common/moves.h says what the fields mean.
 MOVE = np.dtype([
@@ -123,133 +117,6 @@ class MoveCounters:
     cpu_ns: int  # CPU time of the workers
 
 
-def available() -> bool:
-    """Whether moves can be made: the native library is there."""
-    return library.available("aqua_enqueue_moves")
-
-
-def _native() -> ctypes.CDLL:
-    return _bound(library.platform())
-
-
-@functools.cache
-def _bound(platform: str) -> ctypes.CDLL:
-    native = library.symbols()
-    if native is None or not available():
-        raise RuntimeError(f"moves on {platform} need the native library: {library.reason()}")
-    i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
-    pointer = ctypes.c_void_p
-    if jax.default_backend() == "gpu":
-        # Segments are made known to the GPU that jax uses, which needn't be the first.
-        native.aqua_moves_set_device(jax.local_devices()[0].local_hardware_id or 0)
-    for name, result, arguments in (
-        ("aqua_segment_register", i64, [pointer, u64]),
-        ("aqua_segment_retire", i32, [i32, u32, i32]),
-        ("aqua_segment_address", u64, [i32, u32]),
-        ("aqua_pool_register", i64, []),
-        ("aqua_pool_close", i32, [i32, u32]),
-        ("aqua_moves_poll", None, [pointer, i64, pointer, pointer]),
-        ("aqua_moves_drain", i32, [i64]),
-        ("aqua_moves_stop", None, []),
-        ("aqua_moves_set_delay", None, [u64, u32]),
-        ("aqua_moves_counters", None, [pointer]),
-    ):
-        function = getattr(native, name)
-        function.restype, function.argtypes = result, arguments
-    # The last hooks registered run first: copies end before jax drops its buffers.
-    atexit.register(native.aqua_moves_stop)
-    return native
-
-
-def _handle(packed: int, what: str) -> tuple[int, int]:
-    if packed == -2:
-        raise RuntimeError(f"{what}: the device can't reach this memory, or it can't be pinned")
-    if packed < 0:
-        raise RuntimeError(f"too many {what} are registered; retire some")
-    return packed & 0xFFFFFFFF, packed >> 32
-
-
-class Segment:
-    """Memory that pages move to and from: registered now, until `retire`.
-
-    Attributes:
-      id: its place in the native table; reused after `retire`, with another generation.
-      generation: which life of the id this is.
-      nbytes: its size.
-    """
-
-    def __init__(self, buffer: Any):
-        """Registers a writable buffer (mmap, memoryview, array), which is kept alive until then.
-
-        With CUDA its address may be the host's, a GPU's or a peer's; host memory that isn't pinned
-        is pinned now, which takes about as long as writing to all of it.
-
-        Raises:
-          ValueError: it is empty or read-only.
-          RuntimeError: too many segments, or the device can't reach it.
-        """
-        memory = np.frombuffer(buffer, np.uint8)
-        if not memory.flags.writeable or memory.nbytes == 0:
-            raise ValueError("segment: got an empty or read-only buffer; allowed: writable memory")
-        self.nbytes = memory.nbytes
-        packed = _native().aqua_segment_register(memory.ctypes.data, memory.nbytes)
-        self.id, self.generation = _handle(packed, "segments")
-        # The arguments keep the memory alive until the native side has let go of it.
-        self._end = weakref.finalize(self, _retire, self.id, self.generation, memory)
-        self._end.atexit = False  # `aqua_moves_stop` comes first, and the process ends
-
-    @property
-    def address(self) -> int:
-        """Where copies and kernels find it: with CUDA the device's view of it.
-
-        Raises:
-          StaleHandleError: it has been retired.
-        """
-        self.check()
-        return int(_native().aqua_segment_address(self.id, self.generation))
-
-    @property
-    def live(self) -> bool:
-        """Whether it has not been retired."""
-        return self._end.alive
-
-    def check(self) -> None:
-        """Raises StaleHandleError if it has been retired."""
-        if not self.live:
-            raise StaleHandleError(
-                f"segment {self.id} of generation {self.generation} has been retired"
-            )
-
-    def retire(self, *, abandon: bool = False) -> None:
-        """Refuses new moves, waits for those that were handed over, lets the generation pass.
-
-        Afterwards nobody touches the memory. Moves that come later have status SEGMENT_STALE.
-
-        Args:
-          abandon: moves not begun come back as SEGMENT_STALE, so that only the copy of one group
-            of pages is waited for.
-
-        Raises:
-          StaleHandleError: it was retired before.
-        """
-        self.check()
-        kept = self._end.detach()
-        _native().aqua_segment_retire(self.id, self.generation, int(abandon))
-        del kept
-
-    def __enter__(self) -> Segment:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.retire()
-
-
-def _retire(identity: int, generation: int, memory: np.ndarray) -> None:
-    _native().aqua_segment_retire(identity, generation, 0)
-    del memory
-
-
 class MovePool:
     """One KV pool as the native queue knows it: moves of a pool that has moved are refused.
 
@@ -259,7 +126,7 @@ class MovePool:
     def __init__(self, pages: int, page_bytes: int):
         """A pool of `pages` pages of `page_bytes` bytes each, pages in spaces included."""
         self.pages, self.page_bytes = pages, page_bytes
-        self.id, self.generation = _handle(_native().aqua_pool_register(), "pools")
+        self.id, self.generation = handle(native().aqua_pool_register(), "pools")
         self._closed = False
 
     @classmethod
@@ -288,7 +155,7 @@ class MovePool:
         """
         self.check()
         self._closed = True
-        _native().aqua_pool_close(self.id, self.generation)
+        native().aqua_pool_close(self.id, self.generation)
 
     def __enter__(self) -> MovePool:
         return self
@@ -448,7 +315,7 @@ def enqueue_moves(
     if moves.ndim != 2 or moves.shape[1] != MOVE_WORDS or head.shape != (3,):
         raise ValueError(f"enqueue_moves: shapes of moves, head: got {moves.shape}, {head.shape}; "
                          f"allowed: [N, {MOVE_WORDS}], [3]")
-    _native()
+    native()
     call = jax.ffi.ffi_call(
         "aqua_enqueue_moves", jax.ShapeDtypeStruct(kv.shape, kv.dtype),
         input_output_aliases={0: 0},
@@ -463,7 +330,7 @@ def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     asked = np.ascontiguousarray(tickets, np.uint64)
     statuses, checksums = np.empty(len(asked), np.int32), np.empty(len(asked), np.uint64)
-    _native().aqua_moves_poll(
+    native().aqua_moves_poll(
         asked.ctypes.data, len(asked), statuses.ctypes.data, checksums.ctypes.data
     )
     return statuses, checksums
@@ -474,7 +341,7 @@ def drain(timeout: float | None = None) -> bool:
 
     Moves of steps that have not run their head yet are not waited for: wait for the step first.
     """
-    return bool(_native().aqua_moves_drain(-1 if timeout is None else int(timeout * 1e6)))
+    return bool(native().aqua_moves_drain(-1 if timeout is None else int(timeout * 1e6)))
 
 
 def set_delay(seed: int, max_us: int) -> None:
@@ -482,11 +349,11 @@ def set_delay(seed: int, max_us: int) -> None:
 
     Once before it and once in its middle; the times depend on seed and ticket only.
     """
-    _native().aqua_moves_set_delay(seed, max_us)
+    native().aqua_moves_set_delay(seed, max_us)
 
 
 def counters() -> MoveCounters:
     """Moves and bytes so far, and the time they took."""
     numbers = (ctypes.c_uint64 * 7)()
-    _native().aqua_moves_counters(numbers)
+    native().aqua_moves_counters(numbers)
     return MoveCounters(*numbers)

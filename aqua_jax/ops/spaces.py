@@ -12,7 +12,7 @@ differ. Without spaces there is no operand and nothing to look up.
 Handlers write to spaces behind XLA's back. What keeps the order is the pool: each op takes it and
 gives it back, so they run one after the other as they stand in the program.
 
-A space's memory is registered (`ops.moves.Segment`), and whoever touches it counts as its user:
+A space's memory is registered (`ops.segments.Segment`), and whoever touches it counts as its user:
 page moves until they have ended, on CPUs each handler while it runs. On GPUs a kernel can't be
 counted. So, on either: wait for dispatched steps, then `Segment.retire`, then unmap. A CPU's step
 that comes too late fails (and costs the donated pool); a move that does is SEGMENT_STALE.
@@ -27,7 +27,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from aqua_jax.ops.moves import Segment
+from aqua_jax.ops.segments import Segment
 
 # Most spaces behind a pool, and words of a row of the table (ffi/common/spaces.h).
 MAX_SPACES = 8

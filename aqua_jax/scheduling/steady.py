@@ -16,15 +16,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Sequence_
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from aqua_jax.paging.moves import Move
+from aqua_jax.paging.pages import PagePool
+from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.holdings import Holdings
+from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters
 from aqua_jax.scheduling.plan import Draft, Plan
-from aqua_jax.scheduling.room import AHEAD_STEPS
+from aqua_jax.scheduling.policies import Policy
+from aqua_jax.scheduling.room import AHEAD_STEPS, Room
 from aqua_jax.scheduling.sequence import Sequence
+from aqua_jax.scheduling.slots import Slots
 
-if TYPE_CHECKING:
-    from aqua_jax.scheduling.scheduler import Scheduler
+
+class Scheduler(Protocol):
+    """What is looked at of a scheduler, and kept up while it coasts."""
+
+    config: SchedulerConfig
+    counters: SchedulerCounters
+    policy: Policy
+    pool: PagePool
+    residency: Residency | None
+    holdings: Holdings
+    room: Room
+    slots: Slots
 
 
 def holds(scheduler: Scheduler, plan: Plan, running: Collection[Sequence]) -> int:
