@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+
+from aqua_jax.errors import ModelLoadError
 
 BLOCK_BYTES = 4 << 20  # of decoded rows at a time: fits the second-level cache with its source
 
@@ -44,6 +46,54 @@ class Checkpoint(Protocol):
     def close(self) -> None:
         """Closes the files; idempotent."""
         ...
+
+
+class Entry(Protocol):
+    """A tensor in a format's table of contents."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read of it."""
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class TableOfContents(Generic[E]):
+    """The part of a checkpoint that its table of contents answers.
+
+    Attributes:
+      path: of the checkpoint, for errors.
+    """
+
+    path: str
+    _entries: dict[str, E]
+
+    def _find(self, name: str) -> E:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ModelLoadError(f"{self.path}: no tensor {name!r}")
+        return entry
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the table's order."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelLoadError for an unknown name."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of what is read (bfloat16 and float8 are ml_dtypes')."""
+        return self._find(name).dtype
+
+    def is_full_precision(self, name: str) -> bool:
+        """Whether stored as float32 or float64."""
+        return self._find(name).dtype in (np.float32, np.float64)
 
 
 def row_blocks(

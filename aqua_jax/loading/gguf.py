@@ -17,6 +17,7 @@ import numpy as np
 
 from aqua_jax.errors import DependencyError, ModelLoadError
 from aqua_jax.loading import files, gguf_format
+from aqua_jax.loading.checkpoint import TableOfContents
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TOP = {
@@ -60,6 +61,11 @@ class _Entry:
     offset: int  # bytes from the start of the file
     row_bytes: int
     head_dim: int  # rows of one head to un-interleave; 0: rows are in order
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float16 and float64 as stored; float32 for everything else."""
+        return _DIRECT.get(self.type_id, np.dtype(np.float32))
 
 
 def _block_sizes(path: str, info: gguf_format.TensorInfo) -> tuple[int, int]:
@@ -111,7 +117,7 @@ def _dequantize(raw: np.ndarray, type_id: int) -> np.ndarray:
     return out
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(TableOfContents[_Entry]):
     """`Checkpoint` over one .gguf file; `header` has its metadata.
 
     Raises:
@@ -194,23 +200,9 @@ class GGUFCheckpoint:
             entries[name] = _Entry(info.shape, info.type_id, begin, row_bytes, head_dim)
         return entries
 
-    def _find(self, name: str) -> _Entry:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise ModelLoadError(f"{self.path}: no tensor {name!r}")
-        return entry
-
     def names(self) -> list[str]:
         """Names of all tensors but `SIDE_TENSORS`, in file order."""
         return [name for name in self._entries if name not in SIDE_TENSORS]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises ModelLoadError for an unknown name."""
-        return self._find(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """float16 and float64 as stored; float32 for everything else."""
-        return _DIRECT.get(self._find(name).type_id, np.dtype(np.float32))
 
     def is_full_precision(self, name: str) -> bool:
         """Whether stored as float32 or float64."""

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from aqua_jax.errors import ModelLoadError
+from aqua_jax.loading.checkpoint import TableOfContents
 from aqua_jax.loading.resolve import orbax_trees
 from aqua_jax.models.config import ModelConfig
 from aqua_jax.models.huggingface import ParamSource, hf_tensor_map
@@ -120,7 +121,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(TableOfContents[_Leaf]):
     """`Checkpoint` over a tree that Orbax saved: our names, our orientation `[in, out]`.
 
     Orbax reads a leaf as a whole, so that what is in memory beside the parameters is the leaf that
@@ -155,7 +156,7 @@ class OrbaxCheckpoint:
             with quiet():
                 # From the handler: `Checkpointer.metadata` turns errors into None and a warning.
                 tree = handler.metadata(pathlib.Path(self._tree)).tree
-            self._entries: dict[str, _Leaf] = {}
+            self._entries = {}
             for name, leaf in _leaves(tree, self._tree):
                 if name in self._entries:
                     raise ModelLoadError(f"{self._tree}: two leaves are named {name!r}")
@@ -180,12 +181,6 @@ class OrbaxCheckpoint:
             batch.append(name)
             size += leaf
         return batches | dict.fromkeys(batch, tuple(batch))
-
-    def _find(self, name: str) -> _Leaf:
-        leaf = self._entries.get(name)
-        if leaf is None:
-            raise ModelLoadError(f"{self.path}: no tensor {name!r}")
-        return leaf
 
     def _restore(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         from aqua_jax.loading.assemble import trim_heap
@@ -218,22 +213,6 @@ class OrbaxCheckpoint:
                     f"{np.shape(value)}, expected an array of {leaf.shape}"
                 )
         return found
-
-    def names(self) -> list[str]:
-        """Names of all leaves."""
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a leaf. Raises ModelLoadError for an unknown name."""
-        return self._find(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype as stored (bfloat16 is ml_dtypes')."""
-        return self._find(name).dtype
-
-    def is_full_precision(self, name: str) -> bool:
-        """Whether stored as float32 or float64."""
-        return self._find(name).dtype in (np.float32, np.float64)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop`; with the last ones the leaf leaves memory.

@@ -19,6 +19,7 @@ import numpy as np
 
 from aqua_jax.errors import ModelLoadError
 from aqua_jax.loading import files
+from aqua_jax.loading.checkpoint import TableOfContents
 
 HEADER_LIMIT = 100_000_000  # bytes; the reference implementation's own limit
 INDEX_NAME = "model.safetensors.index.json"
@@ -99,7 +100,7 @@ def _read_header(fd: int, path: str, size: int) -> dict[str, _Entry]:
     return entries
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(TableOfContents[_Entry]):
     """`Checkpoint` over one .safetensors file, or over a directory with one or with an index.
 
     Raises:
@@ -109,7 +110,7 @@ class SafetensorsCheckpoint:
     def __init__(self, path: str):
         self.path = path
         self._fds: list[int] = []
-        self._entries: dict[str, _Entry] = {}
+        self._entries = {}
         try:
             if os.path.isdir(path):
                 self._open_directory(path)
@@ -175,28 +176,6 @@ class SafetensorsCheckpoint:
             for name in entries:
                 if weight_map.get(name) != shard:
                     self._entries.setdefault(name, entries[name])
-
-    def _find(self, name: str) -> _Entry:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise ModelLoadError(f"{self.path}: no tensor {name!r}")
-        return entry
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in file order."""
-        return list(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises ModelLoadError for an unknown name."""
-        return self._find(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype as stored (bfloat16 and float8 are ml_dtypes')."""
-        return self._find(name).dtype
-
-    def is_full_precision(self, name: str) -> bool:
-        """Whether stored as float32 or float64."""
-        return self._find(name).dtype in (np.float32, np.float64)
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start:stop` (elements of a vector) as a new array; raises ModelLoadError."""
