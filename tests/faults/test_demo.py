@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-import sys
 
 import pytest
 from rich.console import Console
@@ -13,22 +11,15 @@ from rich.console import Console
 from aqua_jax.bench.workloads import random_prompts
 from aqua_jax.config import EngineConfig
 from aqua_jax.ops import library
+from tests.faults.scripts import scripts
 from tests.tiny import write_config
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    """scripts/demo.py and its board, imported as they are when run."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import demo
-        import demo_board
-
-        yield demo, demo_board
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    """scripts/demo.py and its board."""
+    with scripts("demo", "demo_board") as modules:
+        yield modules
 
 
 def test_the_lender_dies_and_everything_finishes(demo, tmp_path, monkeypatch):

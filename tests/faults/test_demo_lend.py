@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import sys
 
 import pytest
 from rich.console import Console
 
 from aqua_jax.bench.workloads import random_prompts
+from tests.faults.scripts import scripts
 from tests.tiny import write_config
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """scripts/demo_lend.py and the display that it shares, imported as they are when run."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import demo
-        import demo_lend
-
-        yield demo, demo_lend
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+def demos():
+    """scripts/demo_lend.py and the display that it shares."""
+    with scripts("demo", "demo_lend") as modules:
+        yield modules
 
 
-def test_it_lends_takes_back_and_lends_again_and_answers_everybody(scripts, tmp_path, monkeypatch):
-    demo, demo_lend = scripts
+def test_it_lends_takes_back_and_lends_again_and_answers_everybody(demos, tmp_path, monkeypatch):
+    demo, demo_lend = demos
     monkeypatch.setattr(demo_lend, "_HOLD_S", 0.2)
     model = write_config(tmp_path / "model")
     burst = demo.Burst(random_prompts(12, 60, 3, 131), [""] * 12, 140, 16)
@@ -54,8 +45,8 @@ def test_it_lends_takes_back_and_lends_again_and_answers_everybody(scripts, tmp_
     assert not [name for name in os.listdir("/proc/self/fd") if "aqua-demo" in name]
 
 
-def test_a_process_that_does_not_start_is_an_error_and_ends_the_others(scripts, tmp_path):
-    demo, demo_lend = scripts
+def test_a_process_that_does_not_start_is_an_error_and_ends_the_others(demos, tmp_path):
+    demo, demo_lend = demos
     burst = demo.Burst([[5] * 20], [""], 20, 16)
     with pytest.raises(RuntimeError, match=r"the producer did not start: .*nowhere"):
         with demo_lend.engines(tmp_path, ["--model=/nowhere"], burst, burst, 16):
