@@ -5,6 +5,7 @@ Any policy moves less if it may let people wait longer, so bytes compare at equa
 would take the one that moves least among those that keep the bar. Two policies are compared at all
 bars that both can keep: the later first token and the longer pause of a setting of the one and a
 setting of the other. Every other bar that both keep has the same cheapest settings as one of these.
+Throughput is no part of a bar, but stands beside the bytes: who leaves pages unused moves few.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ Results = Mapping[str, Mapping[str, float]]
 
 
 class Bar(NamedTuple):
-    """A bar, the cheapest setting of either policy that keeps it, and what each moves."""
+    """A bar, the cheapest setting of either policy that keeps it, what each moves, and how many
+    output tokens a second it has."""
 
     ttft_p99_s: float
     worst_gap_s: float
@@ -26,6 +28,8 @@ class Bar(NamedTuple):
     theirs: str
     our_bytes: float
     their_bytes: float
+    our_tok_s: float
+    their_tok_s: float
 
     @property
     def kept(self) -> bool:
@@ -54,11 +58,13 @@ def bars(results: Results, policy: str, rival: str) -> list[Bar]:
     found: list[Bar] = []
     for ttft, gap in corners:
         ours_at, theirs_at = _cheapest(ours, ttft, gap), _cheapest(theirs, ttft, gap)
+        one, other = ours[ours_at], theirs[theirs_at]
         bar = Bar(
-            ttft, gap, ours_at, theirs_at, moved(ours[ours_at]), moved(theirs[theirs_at])
+            ttft, gap, ours_at, theirs_at, moved(one), moved(other), one["output_tok_s"],
+            other["output_tok_s"],
         )
-        looser = (one for one in found if one[2:] == bar[2:])
-        if not any(one.ttft_p99_s <= ttft and one.worst_gap_s <= gap for one in looser):
+        same = (told for told in found if told[2:] == bar[2:])
+        if not any(told.ttft_p99_s <= ttft and told.worst_gap_s <= gap for told in same):
             found.append(bar)
     return found
 
@@ -88,12 +94,13 @@ def table(results: Results, policy: str, title: str) -> str:
             f"  {policy} moves no more than {rival} at {good} of {len(found)} bars that both keep"
         )
         lines.append(
-            f"    {'TTFT p99 s':>10} {'gap s':>8}   {'':<24}{'GB':>8}   {'':<28}{'GB':>8}"
+            f"    {'TTFT p99 s':>10} {'gap s':>8}   {'':<24}{'GB':>8}{'tokens/s':>10}   "
+            f"{'':<28}{'GB':>8}{'tokens/s':>10}"
         )
         lines += [
             f"    {bar.ttft_p99_s:>10.3g} {bar.worst_gap_s:>8.3g}   {bar.ours:<24}"
-            f"{bar.our_bytes / 1e9:>8.4g}   {bar.theirs:<28}{bar.their_bytes / 1e9:>8.4g}"
-            f"{'' if bar.kept else '  more'}"
+            f"{bar.our_bytes / 1e9:>8.4g}{bar.our_tok_s:>10.4g}   {bar.theirs:<28}"
+            f"{bar.their_bytes / 1e9:>8.4g}{bar.their_tok_s:>10.4g}{'' if bar.kept else '  more'}"
             for bar in found
         ]
     return "\n".join(lines)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from aqua_jax.simulation.bars import Bar, bars, table
 
 
-def point(ttft: float, gap: float, out: float, back: float) -> dict[str, float]:
-    return {"ttft_p99_s": ttft, "worst_gap_s": gap, "bytes_out": out, "bytes_in": back}
+def point(
+    ttft: float, gap: float, out: float, back: float, rate: float = 500.0
+) -> dict[str, float]:
+    return {
+        "ttft_p99_s": ttft, "worst_gap_s": gap, "bytes_out": out, "bytes_in": back,
+        "output_tok_s": rate,
+    }
 
 
 RESULTS = {
     "fair@peer/5": point(1.0, 2.0, 30.0, 70.0),
     "fair@peer/40": point(1.0, 6.0, 10.0, 20.0),
     "aqua_reference/5": point(0.5, 10.0, 20.0, 40.0),
-    "aqua_reference/40": point(0.5, 20.0, 5.0, 5.0),
+    "aqua_reference/40": point(0.5, 20.0, 5.0, 5.0, 321.0),
     "vllm": point(4.0, 3.0, 0.0, 0.0),
 }
 
@@ -21,8 +26,8 @@ RESULTS = {
 def test_the_cheapest_settings_that_keep_a_bar_are_compared() -> None:
     # Gaps of 10 s: fair takes its long slices. Gaps of 20 s: the rival may take its own as well.
     assert bars(RESULTS, "fair", "aqua_reference") == [
-        Bar(1.0, 10.0, "fair@peer/40", "aqua_reference/5", 30.0, 60.0),
-        Bar(1.0, 20.0, "fair@peer/40", "aqua_reference/40", 30.0, 10.0),
+        Bar(1.0, 10.0, "fair@peer/40", "aqua_reference/5", 30.0, 60.0, 500.0, 500.0),
+        Bar(1.0, 20.0, "fair@peer/40", "aqua_reference/40", 30.0, 10.0, 500.0, 321.0),
     ]
     assert [bar.kept for bar in bars(RESULTS, "fair", "aqua_reference")] == [True, False]
 
