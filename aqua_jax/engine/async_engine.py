@@ -253,6 +253,8 @@ class AsyncEngine:
                     self._tend()
         except BaseException as error:
             reason = error
+            if not isinstance(error, EngineDeadError):  # of its own end the engine has told
+                _log.exception("the engine stops")
         self._end(reason)
 
     def _next_commands(self) -> bool:

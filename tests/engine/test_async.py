@@ -181,7 +181,7 @@ def test_shutdown_ends_everybody_with_the_reason(config):
     assert threading.active_count() <= before
 
 
-def test_a_failing_engine_tells_its_consumers_why(config):
+def test_a_failing_engine_tells_its_consumers_why(config, caplog):
     class Failing(Engine):
         """Dies at the third step."""
 
@@ -202,6 +202,8 @@ def test_a_failing_engine_tells_its_consumers_why(config):
                 await collect(engine.generate(PROMPT, params(50)))
 
     asyncio.run(run())
+    (said,) = [record for record in caplog.records if record.message == "the engine stops"]
+    assert "the device melted" in str(said.exc_info)
 
 
 def test_consumers_in_several_threads_with_their_own_loops(shared):
