@@ -302,11 +302,6 @@ class EngineConfig:
             _require(ok, ConfigError, field, getattr(self, field), allowed)
 
         lends = self.lend != "off"
-        check(
-            not lends or self.tensor_parallel == 1, "lend",
-            f"off with tensor_parallel={self.tensor_parallel}: what is lent has the pages of one "
-            "device",
-        )
         check(isinstance(self.coordinator, str), "coordinator", "a coordinator's socket, or empty")
         check(
             bool(self.coordinator) == lends, "coordinator",

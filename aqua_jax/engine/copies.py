@@ -91,7 +91,7 @@ class PoolCopies:
         Args:
           kv: the whole pool, [P, L, 2, page_tokens, K, D], or its shape.
           devices: N.
-          spaces: memory of ours that holds pages behind the pool's; for one device.
+          spaces: memory of ours that holds pages behind the pool's.
         """
         *pages, heads, dim = kv.shape
         self.kv = jax.ShapeDtypeStruct((*pages, heads // devices, dim), kv.dtype)

@@ -81,10 +81,10 @@ class Programs:
           params: weights by dotted name.
           kv: the KV pool, [P, L, 2, page_tokens, K, D].
           spec: constants.
-          spaces: memory of ours that holds pages behind the pool's; not together with `shards`.
+          spaces: memory of ours that holds pages behind the pool's; with `shards` each device's
+            part of the table.
           shards: the devices that share the model; None: it is on one.
         """
-        assert spaces is None or shards is None, "a space has the pages of one device"
         self._graphdef, self._spec, self.shards = graphdef, spec, shards
         self.names = tuple(params)
         self._hidden_size = params["norm.scale"].shape[0]

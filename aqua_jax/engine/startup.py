@@ -37,12 +37,12 @@ from aqua_jax.models.parameters import abstract_decoder
 from aqua_jax.ops import library
 from aqua_jax.ops import linear as linear_op
 from aqua_jax.ops.attention import no_kernel_for
-from aqua_jax.ops.spaces import Spaces
+from aqua_jax.ops.spaces import Space, Spaces
 from aqua_jax.paging.moves import Store
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
-from aqua_jax.parallel.shards import HEADS, Shards, ask_for_cpu_devices
+from aqua_jax.parallel.shards import HEADS, PARTS, Shards, ask_for_cpu_devices
 from aqua_jax.scheduling.cost import CostConfig, Costs
 from aqua_jax.scheduling.fair import Fair, FairConfig
 from aqua_jax.scheduling.policies import POLICIES, Policy
@@ -171,7 +171,7 @@ def _build(
         return jnp.zeros(shape(own_pages), kv_dtype, device=lies)
 
     kv = make_kv()
-    spaces = None if lent is None else Spaces.behind(kv, lent.space)
+    spaces = None if lent is None else _spaces(lent.space, kv, shards)
     if sized and sized.programs.spec == spec:
         programs = sized.programs
     else:
@@ -227,6 +227,15 @@ def _build(
         model, loaded.name, tokenizer, tuple(loaded.eos_token_ids), max_model_len, scheduler.pool,
         scheduler, runner, pager, lender, trace, plan, implementations, timings,
     )
+
+
+def _spaces(space: Space, kv: jax.Array, shards: Shards | None) -> Spaces:
+    """The pages behind the pool's, as each device sees its part of them."""
+    if shards is None:
+        return Spaces.behind(kv, space)
+    part = jax.ShapeDtypeStruct((*kv.shape[:4], shards.part.num_kv_heads, kv.shape[5]), kv.dtype)
+    found = Spaces.on_devices(part, shards.size, space)
+    return jax.device_put(found, shards.sharding(PARTS))
 
 
 def _spec(

@@ -2,12 +2,14 @@
 
 A page id names a page of the pool `kv [P, ...]` if it is below P. The ids from P on belong to
 spaces, in consecutive ranges: memory outside XLA (a memfd, a GPU's virtual memory) that is laid out
-as the pool is, page after page. Ops on pages take `spaces: Spaces | None`, look an id's address up
-in its table, and treat all pages alike. Why not XLA's memory: it can't be exported to another
-process, and what is imported loses its address at the first donated step.
+as the pool is, page after page, on CPUs perhaps with others' bytes between pages. Ops on pages take
+`spaces: Spaces | None`, look an id's address up in its table, and treat all pages alike. Why not
+XLA's memory: it can't be exported to another process, and what is imported loses its address at the
+first donated step.
 
-The table is an operand, not part of the program: another address compiles nothing, and shards may
-differ. Without spaces there is no operand and nothing to look up.
+The table is an operand, not part of the program: another address compiles nothing, and shards
+differ: each finds its own part of the same pages (`on_devices`). Without spaces there is no operand
+and nothing to look up.
 
 Handlers write to spaces behind XLA's back. What keeps the order is the pool: each op takes it and
 gives it back, so they run one after the other as they stand in the program.
@@ -27,6 +29,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from aqua_jax.ops import library
 from aqua_jax.ops.segments import Segment
 
 # Most spaces behind a pool, and words of a row of the table (ffi/common/spaces.h).
@@ -44,11 +47,13 @@ class Space:
       segment: the memory, registered until no step can touch it.
       pages: how many.
       offset: bytes from the segment's start to the first page.
+      stride: bytes from one page to the next; 0: they follow each other. Not on GPUs.
     """
 
     segment: Segment
     pages: int
     offset: int = 0
+    stride: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +62,8 @@ class Spaces:
     """The spaces behind a pool, as handlers see them. Letter: N spaces, 1 to MAX_SPACES."""
 
     # i32[N, SPACE_WORDS]: first page id, pages, low and high word of the first page's address,
-    # id and generation of the segment, two unused
+    # id and generation of the segment, bytes from page to page (0: a page's), one unused.
+    # Of several devices together: [devices * N, SPACE_WORDS], each has its N.
     table: jax.Array | np.ndarray
 
     @classmethod
@@ -75,24 +81,49 @@ class Spaces:
         table = np.zeros((len(spaces), SPACE_WORDS), np.uint32)
         first = kv.shape[0]
         for row, space in zip(table, spaces, strict=True):
-            end = space.offset + space.pages * page_bytes
+            stride = space.stride or page_bytes
+            end = space.offset + (space.pages - 1) * stride + page_bytes
             if space.pages < 1 or space.offset < 0 or end > space.segment.nbytes:
                 raise ValueError(
                     f"space: got {space.pages} pages of {page_bytes} bytes at {space.offset}; "
                     f"allowed: at least one, within {space.segment.nbytes} bytes"
                 )
             address = space.segment.address + space.offset
-            if address % _ALIGNMENT:
-                raise ValueError(f"address of a space: got {address:#x}; allowed: multiples of "
-                                 f"{_ALIGNMENT}")
+            if address % _ALIGNMENT or (space.pages > 1 and space.stride % _ALIGNMENT):
+                raise ValueError(f"address of a space: got {address:#x}, stride {space.stride}; "
+                                 f"allowed: multiples of {_ALIGNMENT}")
+            on_gpu = space.stride and library.platform() == "cuda"
+            if on_gpu or not (space.stride == 0 or page_bytes <= stride < 2**31):
+                raise ValueError(f"stride of a space: got {space.stride}; allowed: 0, and on CPUs "
+                                 f"{page_bytes}, what a page has, to {2**31 - 1}")
             if first + space.pages > np.iinfo(np.int32).max:
                 raise ValueError(f"pages in all: got {first + space.pages}; allowed: below 2^31")
-            row[:6] = (
+            row[:7] = (
                 first, space.pages, address & 0xFFFFFFFF, address >> 32, space.segment.id,
-                space.segment.generation,
+                space.segment.generation, space.stride,
             )
             first += space.pages
         return cls(table.view(np.int32))
+
+    @classmethod
+    def on_devices(cls, kv: jax.Array | jax.ShapeDtypeStruct, devices: int, space: Space) -> Spaces:
+        """Those of devices that share each page, their parts of it one after the other.
+
+        Args:
+          kv: one device's part of the pool.
+          devices: how many.
+          space: whole pages, of all devices' bytes, without others between them.
+
+        Returns:
+          The devices' tables one after the other, to be laid out so.
+        """
+        part = int(np.prod(kv.shape[1:], dtype=np.int64)) * np.dtype(kv.dtype).itemsize
+        return cls(np.concatenate([
+            np.asarray(cls.behind(kv, Space(
+                space.segment, space.pages, space.offset + device * part,
+                devices * part if devices > 1 else 0,
+            )).table) for device in range(devices)
+        ]))
 
     @property
     def end(self) -> int:

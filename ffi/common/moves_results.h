@@ -138,7 +138,7 @@ inline MoveStatus admit_move(const Move& move, const MovePages& where, HandleTab
       return MoveStatus::kSegmentStale;
     }
     uses->space = space->segment;
-    *page = space->base() + int64_t{move.page - space->first} * where.page_bytes;
+    *page = space->at(move.page, where.page_bytes);
   }
   const uint64_t size = segments->bytes(segment.id);
   MoveStatus status = MoveStatus::kPending;

@@ -22,13 +22,18 @@ struct alignas(4) Space {
   uint32_t low, high;       // address of page `first`, as whoever copies or computes sees it
   int32_t segment;          // the Handle under which moves.h counts users of the memory
   uint32_t generation;
-  int32_t unused[2];
+  int32_t stride;           // bytes from one page to the next; 0: as in the pool
+  int32_t unused;
 
   AQUA_SPACES_HD bool has(int32_t page) const {
     return page >= first && int64_t{page} - first < pages;
   }
   AQUA_SPACES_HD char* base() const {
     return reinterpret_cast<char*>(static_cast<uintptr_t>(uint64_t{high} << 32 | low));
+  }
+  // The first byte of a page that it has.
+  AQUA_SPACES_HD char* at(int32_t page, int64_t page_bytes) const {
+    return base() + int64_t{page - first} * (stride == 0 ? page_bytes : stride);
   }
 };
 static_assert(sizeof(Space) == 32, "the layout is aqua_jax/ops/spaces.py's");
@@ -49,7 +54,7 @@ struct Spaces {
   // The first byte of a page behind the pool; null if there is none of that id.
   AQUA_SPACES_HD char* page(int32_t id, int64_t page_bytes) const {
     const Space* space = find(id);
-    return space == nullptr ? nullptr : space->base() + int64_t{id - space->first} * page_bytes;
+    return space == nullptr ? nullptr : space->at(id, page_bytes);
   }
 };
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from aqua_jax.config import EngineConfig, SamplingParams
+from aqua_jax.config import SamplingParams
 from aqua_jax.errors import ConfigError
 from aqua_jax.memory.stores import HostStore
 from aqua_jax.ops.moves import Status
@@ -201,8 +201,3 @@ def test_what_cannot_be_is_refused(folder, devices, what):
     with pytest.raises(ConfigError, match=what) as caught:
         tiny_engine(folder, tensor_parallel=devices)
     assert caught.value.field == "tensor_parallel" and caught.value.value == devices
-
-
-def test_what_is_lent_has_the_pages_of_one_device():
-    with pytest.raises(ConfigError, match="off with tensor_parallel=2"):
-        EngineConfig(model="m", lend="auto", coordinator="/c", tensor_parallel=2)

@@ -44,31 +44,41 @@ class Split:
 
 @contextlib.contextmanager
 def split(pool: np.ndarray, *ends: int) -> Iterator[Split]:
-    """pool[:ends[0]] stays XLA's, pool[ends[0]:ends[1]] is space 1, and so on to the last page."""
+    """pool[:ends[0]] stays XLA's, pool[ends[0]:ends[1]] is space 1, and so on to the last page.
+
+    On CPUs every other space's pages have others' bytes between them.
+    """
     bounds = [*ends, len(pool)]
-    segments, views = [], []
+    segments, views, between, made = [], [], [], []
+    page = -(-pool[0].nbytes // 64) * 64
     for index, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         # Each at another place in a file of its own, with garbage around it.
-        before = 64 * (index + 1)
+        before, apart = 64 * (index + 1), index % 2 == 0 and library.platform() != "cuda"
         part = pool[first:last]
+        stride = page + 128 if apart else pool[0].nbytes
         file = os.memfd_create("space")
-        os.ftruncate(file, before + part.nbytes + 4096)
+        os.ftruncate(file, before + len(part) * stride + 4096)
         memory = mmap.mmap(file, 0)
         os.close(file)
         everything = np.frombuffer(memory, np.uint8)
         everything[:] = 0xA5
-        view = everything[before : before + part.nbytes].view(pool.dtype).reshape(part.shape)
+        rows = everything[before : before + len(part) * stride].reshape(len(part), stride)
+        view = np.lib.stride_tricks.as_strided(
+            rows[:, : pool[0].nbytes].reshape(-1).view(pool.dtype) if not apart
+            else np.frombuffer(memory, pool.dtype, offset=before),
+            part.shape, (stride, *part.strides[1:]),
+        )
         view[...] = part
+        between.append(rows[:, pool[0].nbytes :])
         segments.append(Segment(memory))
         views.append(view)
+        made.append(Space(segments[-1], len(part), before, stride if apart else 0))
     kv = jnp.array(pool[: bounds[0]])
-    spaces = Spaces.behind(kv, *(
-        Space(segment, len(view), 64 * (index + 1))
-        for index, (segment, view) in enumerate(zip(segments, views, strict=True))
-    ))
+    spaces = Spaces.behind(kv, *made)
     assert spaces.end == len(pool)
     try:
         yield Split(kv, spaces, segments, views)
+        assert all((gap == 0xA5).all() for gap in between)
     finally:
         for segment in segments:
             if segment.live:
@@ -305,6 +315,8 @@ def test_bad_spaces_are_errors():
             [], [good] * (MAX_SPACES + 1), [Space(segment, 0, start)],
             [Space(segment, 16, start + 64)], [Space(segment, 1, -64)],
             [Space(segment, 1, start + 1)], [Space(segment, 2**31)],
+            [Space(segment, 2, start, 32)], [Space(segment, 2, start, 500)],
+            [Space(segment, 2, start, 4096)], [Space(segment, 2, start, -512)],
         ):
             with pytest.raises(ValueError, match=r"got .*; allowed: "):
                 Spaces.behind(kv, *bad)
