@@ -31,14 +31,14 @@ class Shifter:
       busy_s: how long that took.
     """
 
-    def __init__(self, copy: Callable[[int, int, int], None] | None = None) -> None:
+    def __init__(self, copy: Callable[[int, int, int, int], None] | None = None) -> None:
         """
         Args:
-          copy: (to, from, bytes) where stores may lie on a GPU; None: a memcpy.
+          copy: (to, from, bytes, device) where stores may lie on a GPU; None: a memcpy.
         """
         self.bytes, self.busy_s = 0, 0.0
         self._begun = self._done = 0  # each is counted by one thread
-        self._copy = copy or copies.copy
+        self._copy = copy or (lambda to, source, size, device: copies.copy(to, source, size))
         self._jobs: queue.SimpleQueue[tuple[Shift, _Pieces] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -63,8 +63,9 @@ class Shifter:
             shift, pieces = job
             started = time.perf_counter()
             try:
-                for target, source, size in pieces:
-                    self._copy(target, source, size)
+                # Each of several is a device's part, in memory that this one reaches.
+                for device, (target, source, size) in enumerate(pieces):
+                    self._copy(target, source, size, device)
             except ArenaError:
                 # Not done, ever: both slots stay taken, and nobody reads the new one.
                 _log.exception("a page did not get from %s to %s", shift.source.name,
@@ -97,7 +98,10 @@ class Shifter:
 
 
 def _pieces(targets: list[tuple[int, int]], sources: list[tuple[int, int]]) -> _Pieces:
-    """The copies from some ranges, one after the other, to others of as many bytes in all."""
+    """The copies from some ranges, one after the other, to others of as many bytes in all.
+
+    One, or as many as there are devices: a slot lies in one piece, or in equal ones of theirs.
+    """
     found: _Pieces = []
     targets, sources = targets[::-1], sources[::-1]
     while targets and sources:

@@ -74,18 +74,19 @@ def pins() -> HostPins | None:
     return HostPins()
 
 
-def copier() -> Callable[[int, int, int], None] | None:
-    """(to, from, bytes): a copy between addresses of the host or a GPU, which waits for its end.
+def copier() -> Callable[[int, int, int, int], None] | None:
+    """(to, from, bytes, device): a copy between addresses of the host or a GPU, by one of jax's
+    local devices, which must reach both. It waits for its end.
 
     None where a plain memcpy does.
     """
     if pins() is None:
         return None
-    native, device = _native(), jax.local_devices()[0].local_hardware_id or 0
+    native, found = _native(), [one.local_hardware_id or 0 for one in jax.local_devices()]
     assert native is not None
 
-    def copy(to: int, source: int, nbytes: int) -> None:
-        why = native.aqua_host_copy(device, to, source, nbytes)
+    def copy(to: int, source: int, nbytes: int, device: int) -> None:
+        why = native.aqua_host_copy(found[device], to, source, nbytes)
         if why is not None:
             raise ArenaError(f"a copy of {nbytes} bytes between stores: {why.decode()}")
 

@@ -1,6 +1,7 @@
 #include "pinned.h"
 
 #include <atomic>
+#include <map>
 
 #include "device.h"
 
@@ -43,14 +44,13 @@ const char* aqua_host_unpin(int32_t device, void* base, uint64_t bytes) {
 const char* aqua_host_copy(int32_t device, void* to, const void* from, uint64_t bytes) {
   const aqua::cuda::OnDevice on(device);
   if (on.status() != cudaSuccess) return text_of(on.status());
-  // One for each thread that copies between stores, which is one an engine.
-  thread_local cudaStream_t stream = nullptr;
-  thread_local int stream_device = -1;
+  // Those of each thread that copies between stores, which is one an engine.
+  thread_local std::map<int32_t, cudaStream_t> streams;
+  cudaStream_t& stream = streams[device];
   cudaError_t error = cudaSuccess;
-  if (stream == nullptr || stream_device != device) {
+  if (stream == nullptr) {
     error = cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0);
     if (error != cudaSuccess) return stream = nullptr, text_of(error);
-    stream_device = device;
   }
   error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream);
   const cudaError_t ended = cudaStreamSynchronize(stream);

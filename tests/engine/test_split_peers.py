@@ -11,6 +11,7 @@ import pytest
 
 from aqua_jax.config import EngineConfig
 from aqua_jax.engine.engine import Engine
+from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import ConfigError
 from aqua_jax.memory.borrower import Borrower, connect
 from aqua_jax.memory.split import SplitStore
@@ -150,6 +151,26 @@ def test_shifts_go_between_two_lenders_and_one_memory(folder):
         assert paged.planner.ends()[back]
         pages = [page.id for page in paged.pages]
         np.testing.assert_array_equal(paged.content[pages[5]], before[pages[0]])
+
+
+def test_between_tiers_each_device_copies_its_own_part():
+    """Only it is sure to reach the memory of its lender."""
+    with split_store(4) as store, HostStore(4 * PAGE_BYTES, PAGE_BYTES, PAGE_TOKENS) as host:
+        done: list[tuple[int, ...]] = []
+        shifter = Shifter(lambda *copy: done.append(copy))
+        (slot,), (place,) = store.allocate(1), host.allocate(1)
+        parts, start = [part.base for part in store.parts], host.address(place)
+        shifter.begin(Shift(store, slot, host, place))
+        shifter.begin(Shift(host, place, store, slot))
+        shifter.begin(Shift(host, place, host, place))
+        shifter.close()
+        there = [start, start + PART]
+        assert done == [
+            *((there[device], parts[device], PART, device) for device in range(2)),
+            *((parts[device], there[device], PART, device) for device in range(2)),
+            (start, start, PAGE_BYTES, 0),
+        ]
+        assert shifter.bytes == 3 * PAGE_BYTES
 
 
 @pytest.mark.parametrize("victim", [0, 1])
