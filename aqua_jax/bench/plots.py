@@ -34,7 +34,7 @@ def plot_data(runs: Mapping[str, Run]) -> dict[str, Any]:
       By variant: requests (in order of arrival: due_s, ttft_s, mean_tbt_ms, worst_gap_ms, user;
       None where there were no such tokens), ttft_p99_s, tbt_p99_ms and tbt_max_ms (None without
       gaps), gaps_ms (all, sorted), samples as columns, pages_total, stores_total (pages by tier),
-      service by user in weighted tokens and the window it was taken over (None: the whole run).
+      service by user in tokens and the window it was taken over (None: the whole run).
     """
     data: dict[str, Any] = {}
     for name, run in runs.items():
@@ -291,5 +291,5 @@ def _service(figure: Any, data: dict[str, Any]) -> None:
     contest = all(one["service_window_s"] is not None for one in data.values())
     when = " in the time in which all have work" if contest else ""
     axis.set_title(f"Service per user{when}{shown}", fontsize=10)
-    axis.set_xlabel("prompt and output tokens / weight")
+    axis.set_xlabel("prompt and output tokens")
     _finish(figure, (axis,))

@@ -27,9 +27,10 @@ def jain(values: Sequence[float]) -> float:
 def service_by_user(
     served: Sequence[Served], begin: float = 0.0, end: float = float("inf")
 ) -> dict[str, float]:
-    """Prompt and output tokens each user got within (begin, end], over the request's weight.
+    """Prompt and output tokens each user got within (begin, end].
 
-    A prompt counts when its first token comes.
+    A prompt counts when its first token comes. Weights of requests divide their user's share, so
+    they don't count here.
     """
     service: dict[str, float] = {}
     for one in served:
@@ -37,7 +38,7 @@ def service_by_user(
         if one.tokens and begin < one.tokens[0] <= end:
             tokens += one.request.prompt
         user = one.request.user
-        service[user] = service.get(user, 0.0) + tokens / one.request.weight
+        service[user] = service.get(user, 0.0) + tokens
     return service
 
 
@@ -84,7 +85,7 @@ def run_metrics(run: Run, *, ttft_slo_s: float, tbt_slo_s: float) -> dict[str, f
       worst), if there are any; output_tok_s; goodput_req_s: good requests a second; waiting_mean
       (over time) and waiting_max: requests without a token; resident_mean: sequences in the steps;
       failed. Where the engine states a bound: bound_steps, the largest while the load ran, and what
-      `_bounds` says. With several users that compete, jain_index of their weighted service and
+      `_bounds` says. With several users that compete, jain_index of their service and
       jain_window_s, the time it was taken over; where windows of 20 bounds fit into that time,
       jain_worst, the least of theirs, and jain_windows, how many.
 

@@ -36,7 +36,7 @@ class TraceRequest:
       prompt: tokens.
       output: tokens to generate.
       user: fairness key.
-      weight: share of service.
+      weight: share of its user's service.
       priority: for policies that use it; lower runs first.
       blocks: ids of the prompt's blocks of `MOONCAKE_BLOCK` tokens; what they don't cover is
         the request's own.

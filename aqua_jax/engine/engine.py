@@ -97,7 +97,7 @@ class Engine:
           params: how tokens are chosen; None: the defaults.
           priority: for policies that use it; lower runs first.
           user: fairness key, for policies that use it.
-          weight: share of service, for policies that use it.
+          weight: share of its user's service, for policies that use it.
           arrival: seconds on `time.monotonic()`; None: now.
 
         Raises:

@@ -112,7 +112,7 @@ def test_labels_say_what_and_do_not_overlap(monkeypatch, tmp_path):
     runs = {"fcfs": make_run(users=30), "fair": make_run(0.5, users=30)}
     pictures = words_of(monkeypatch, tmp_path, runs)
     wanted = (
-        "seconds", "percent", "requests", "prompt and output tokens / weight",
+        "seconds", "percent", "requests", "prompt and output tokens",
         "TTFT p99, seconds, log scale",
     )
     for texts, expected in zip(pictures, wanted, strict=True):

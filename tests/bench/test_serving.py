@@ -140,10 +140,10 @@ def test_jain_is_taken_while_all_users_have_work():
         Served(TraceRequest(1, 20, 2, "b", 2.0), 1, [2, 4]),
     ]
     assert contended(served) == (1, 4)
-    # a: tokens at 2, 3 (its prompt came before); b: 20 + 2 tokens at double weight.
-    assert service_by_user(served, 1, 4) == {"a": 2, "b": 11}
+    # a: tokens at 2, 3 (its prompt came before); b: 20 + 2 tokens, whatever they weigh among b's.
+    assert service_by_user(served, 1, 4) == {"a": 2, "b": 22}
     metrics = run_metrics(Run(served, [Sample(9, 0, 0, 0)], 1), ttft_slo_s=9, tbt_slo_s=9)
-    assert metrics["jain_index"] == pytest.approx(13**2 / (2 * (4 + 121)))
+    assert metrics["jain_index"] == pytest.approx(24**2 / (2 * (4 + 484)))
     assert metrics["jain_window_s"] == 3
     apart = [served[0], Served(TraceRequest(20, 1, 1, "b"), 20, [21])]
     assert contended(apart) is None and contended(served[:1]) is None
