@@ -145,7 +145,7 @@ class Borrowing:
         self.stores = tuple(one for one in self.stores if one is not store)
         if store.capacity:
             self.lost += sum(part.lost for part in store.parts)
-        store.close()
+        self._tier.end(store.close)
 
     def count(self, store: object, size: int, inward: bool) -> None:
         """So many bytes have moved between the pool and a store, if it is a lender's."""

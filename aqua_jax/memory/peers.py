@@ -64,6 +64,7 @@ class PeerTier:
         self._not_before = [float("-inf")] * len(self._sources)
         self._leases: list[LeaseSegment] = []  # all that may still hold bytes
         self._wished = 0
+        self._ends: deque[Callable[[], None]] = deque()  # what the thread is to close
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -124,11 +125,29 @@ class PeerTier:
     def wish(self, size: int) -> None:
         """Says how many bytes more would be of use; 0: none. Doesn't wait."""
         self._wished = size
-        if size > 0 and self._sources and not self._closing.is_set():
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="aqua-peers", daemon=True)
-                self._thread.start()
-            self._wake.set()
+        if size > 0 and self._sources:
+            self._work()
+
+    def end(self, close: Callable[[], None]) -> None:
+        """Closes memory that nobody uses any more. Where it has to be made unready for a device's
+        copies first, which takes long, the thread does it; `close` ends what is left."""
+        if self._pins is None or self._closing.is_set():
+            close()
+        else:
+            self._ends.append(close)
+            self._work()
+
+    def _work(self) -> None:
+        if self._closing.is_set():
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="aqua-peers", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def _end_all(self) -> None:
+        while self._ends:
+            self._ends.popleft()()
 
     def _run(self) -> None:
         first, longest = self._pauses_s
@@ -136,9 +155,11 @@ class PeerTier:
         while not self._closing.is_set():
             self._wake.wait()
             self._wake.clear()
+            self._end_all()
             while self._wished > 0 and not self._closing.is_set():
                 with self._asking:
                     segment = self._borrow(self._wished, patient=True)
+                self._end_all()
                 if segment is None:
                     self._closing.wait(delay)
                     delay = min(2 * delay, longest)
@@ -156,6 +177,7 @@ class PeerTier:
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
+        self._end_all()
         while self.arrivals:
             self.arrivals.popleft().close()
         for source in self._sources:
