@@ -140,7 +140,28 @@ def _library(platform: str) -> _Library:
 
 def available(target: str = "aqua_attention") -> bool:
     """Whether the handler `target` is loaded and registered for this platform."""
-    return target in _library(platform()).targets
+    found = platform()
+    if found == "cuda" and _lowering.get() is None and _library(found).targets:
+        _load_kernels()
+    return target in _library(found).targets
+
+
+@functools.cache
+def _load_kernels() -> None:
+    """Loads our kernels onto every GPU that jax uses, before a program of ours is made.
+
+    Otherwise the driver would load each at its first launch, which may be inside a graph that XLA
+    captures, where loading isn't allowed.
+    """
+    handle = _library("cuda").handle
+    if jax.default_backend() != "gpu" or handle is None:
+        return  # the handlers are emulated
+    handle.aqua_kernels_preload.restype = ctypes.c_char_p
+    handle.aqua_kernels_preload.argtypes = [ctypes.c_int32]
+    for device in jax.local_devices():
+        why = handle.aqua_kernels_preload(device.local_hardware_id or 0)
+        if why is not None:
+            _LOG.warning("kernels can't be loaded onto %s now: %s", device, why.decode())
 
 
 def reason() -> str:

@@ -1,25 +1,39 @@
 #include "arena.h"
 
+#include <unistd.h>
+
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "device.h"
 #include "driver.h"
+#include "legacy_ipc.h"
 #include "moves.h"
 
 namespace {
 
 using aqua::cuda::describe;
 using aqua::cuda::driver;
+using aqua::cuda::IpcRecord;
 using aqua::cuda::OnDevice;
 
+// kVirtual: of the driver's virtual memory. The others are older IPC's: made here, opened here, and
+// seen through the mapping of the arena of this process that it is.
+enum class Way { kVirtual, kIpcMade, kIpcOpened, kIpcOurs };
+
 struct Arena {
-  int device;
-  CUdeviceptr address;
-  size_t size;
-  CUmemGenericAllocationHandle handle;
+  std::vector<int> devices;  // that may use it; the first one scrubs
+  CUdeviceptr address = 0;
+  size_t size = 0;
+  Way way = Way::kVirtual;
+  CUmemGenericAllocationHandle handle = 0;
+  IpcRecord record{};
 };
+
+constexpr int kMostDevices = 16;
 
 std::mutex lock;
 std::map<int64_t, Arena> arenas;
@@ -57,17 +71,36 @@ CUmemAllocationProp properties(int32_t device) {
   return p;
 }
 
-// Maps `arena->handle` for its device; what was begun is undone if it fails.
+// Whether memory of `device` can be exported as descriptors of its own.
+bool has_descriptors(int32_t device) {
+  const char* asked = std::getenv("AQUA_LEGACY_IPC");
+  if (asked != nullptr && std::string(asked) == "1") return false;
+  CUdevice found;
+  if (driver().device_get(&found, device) != CUDA_SUCCESS) return false;
+  for (const CUdevice_attribute needed :
+       {CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+        CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED}) {
+    int there = 0;
+    if (driver().device_attribute(&there, needed, found) != CUDA_SUCCESS || there == 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Maps `arena->handle` for its devices; what was begun is undone if it fails.
 bool map(Arena* arena) {
   if (!ok(driver().reserve(&arena->address, arena->size, 0, 0, 0), "reserving addresses")) {
     return false;
   }
   if (ok(driver().map(arena->address, arena->size, 0, arena->handle, 0), "mapping")) {
-    CUmemAccessDesc access{};
-    access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-    access.location.id = arena->device;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    if (ok(driver().set_access(arena->address, arena->size, &access, 1),
+    std::vector<CUmemAccessDesc> access(arena->devices.size());
+    for (size_t i = 0; i < access.size(); ++i) {
+      access[i].location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+      access[i].location.id = arena->devices[i];
+      access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    }
+    if (ok(driver().set_access(arena->address, arena->size, access.data(), access.size()),
            "access (can this GPU reach the other one's memory?)")) {
       return true;
     }
@@ -92,7 +125,7 @@ uint64_t range(int64_t id, uint64_t offset, uint64_t bytes, int32_t* device) {
   if (bytes == 0 || bytes > arena.size || offset > arena.size - bytes) {
     return fail("a range outside the arena"), 0;
   }
-  *device = arena.device;
+  *device = arena.devices.front();
   return arena.address + offset;
 }
 
@@ -112,6 +145,100 @@ class Stream {
   bool made_;
 };
 
+// Fills an arena with zeros, and waits.
+bool clear(const Arena& arena) {
+  Stream stream;
+  return stream.made() &&
+         ok(cudaMemsetAsync(reinterpret_cast<void*>(arena.address), 0, arena.size, stream.get()),
+            "clearing") &&
+         stream.wait();
+}
+
+// Memory of the driver's virtual memory, exported as a descriptor of itself.
+bool create_virtual(Arena* arena, uint64_t bytes, int32_t* fd) {
+  const CUmemAllocationProp wanted = properties(arena->devices.front());
+  size_t unit = 0;
+  if (!ok(driver().granularity(&unit, &wanted, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+          "granularity")) {
+    return false;
+  }
+  if (bytes > UINT64_MAX - unit) return fail("size: too large");
+  arena->size = (bytes + unit - 1) / unit * unit;
+  if (!ok(driver().create(&arena->handle, arena->size, &wanted, 0), "allocating")) return false;
+  if (map(arena)) {
+    if (clear(*arena) &&
+        ok(driver().export_handle(fd, arena->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+           "exporting a descriptor")) {
+      return true;
+    }
+    driver().unmap(arena->address, arena->size);
+    driver().unreserve(arena->address, arena->size);
+  }
+  driver().release(arena->handle);
+  return false;
+}
+
+// Memory of the runtime's own, named by older IPC.
+bool create_ipc(Arena* arena, uint64_t bytes, int32_t* fd) {
+  // What small allocations share is exported as a whole: take what nobody shares.
+  constexpr uint64_t kUnit = 2 << 20;
+  if (bytes > UINT64_MAX - kUnit) return fail("size: too large");
+  arena->way = Way::kIpcMade;
+  arena->size = (bytes + kUnit - 1) / kUnit * kUnit;
+  void* memory = nullptr;
+  if (!ok(cudaMalloc(&memory, arena->size), "allocating")) return false;
+  arena->address = reinterpret_cast<CUdeviceptr>(memory);
+  cudaError_t error = cudaSuccess;
+  if (clear(*arena)) {
+    *fd = aqua::cuda::ipc_export(memory, arena->size, &error);
+    if (*fd >= 0 && aqua::cuda::ipc_read(*fd, arena->size, &arena->record)) return true;
+    if (*fd >= 0) close(*fd);
+    *fd = -1;
+    ok(error != cudaSuccess ? error : cudaErrorOperatingSystem, "exporting by older IPC");
+  }
+  cudaFree(memory);
+  return false;
+}
+
+bool import_virtual(Arena* arena, int32_t fd) {
+  void* descriptor = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
+  if (!ok(driver().import_handle(&arena->handle, descriptor,
+                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+          "importing a descriptor")) {
+    return false;
+  }
+  if (map(arena)) return true;
+  driver().release(arena->handle);
+  return false;
+}
+
+bool import_ipc(Arena* arena) {
+  if (arena->devices.size() != 1) return fail("older IPC maps memory for one GPU at a time");
+  {
+    // A process can't open what it has made.
+    std::lock_guard<std::mutex> guard(lock);
+    for (const auto& entry : arenas) {
+      const Arena& made = entry.second;
+      if (made.way != Way::kIpcMade || !aqua::cuda::ipc_same(made.record, arena->record)) continue;
+      arena->way = Way::kIpcOurs;
+      arena->address = made.address;
+      if (made.devices.front() == arena->devices.front()) return true;
+      const cudaError_t peer = cudaDeviceEnablePeerAccess(made.devices.front(), 0);
+      if (peer != cudaErrorPeerAccessAlreadyEnabled) return ok(peer, "access to the other GPU");
+      cudaGetLastError();
+      return true;
+    }
+  }
+  arena->way = Way::kIpcOpened;
+  void* memory = nullptr;
+  if (!ok(cudaIpcOpenMemHandle(&memory, arena->record.handle, cudaIpcMemLazyEnablePeerAccess),
+          "opening by older IPC (can this GPU reach the other one's memory?)")) {
+    return false;
+  }
+  arena->address = reinterpret_cast<CUdeviceptr>(memory);
+  return true;
+}
+
 }  // namespace
 
 void aqua::cuda::set_arena_error(const std::string& what) { last_error = what; }
@@ -123,50 +250,36 @@ int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64
   const OnDevice on(device);
   if (!ready(on)) return 0;
   if (bytes == 0) return fail("size: got 0; allowed: > 0");
-  const CUmemAllocationProp wanted = properties(device);
-  size_t unit = 0;
-  if (!ok(driver().granularity(&unit, &wanted, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-          "granularity")) {
+  Arena arena;
+  arena.devices = {device};
+  if (!(has_descriptors(device) ? create_virtual(&arena, bytes, fd)
+                                : create_ipc(&arena, bytes, fd))) {
     return 0;
   }
-  if (bytes > UINT64_MAX - unit) return fail("size: too large");
-  Arena arena{device, 0, (bytes + unit - 1) / unit * unit, 0};
-  if (!ok(driver().create(&arena.handle, arena.size, &wanted, 0), "allocating")) return 0;
-  if (map(&arena)) {
-    Stream stream;
-    if (stream.made() &&
-        ok(cudaMemsetAsync(reinterpret_cast<void*>(arena.address), 0, arena.size, stream.get()),
-           "clearing") &&
-        stream.wait() &&
-        ok(driver().export_handle(fd, arena.handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-           "exporting a descriptor")) {
-      *size = arena.size;
-      *address = arena.address;
-      return keep(arena);
-    }
-    driver().unmap(arena.address, arena.size);
-    driver().unreserve(arena.address, arena.size);
-  }
-  driver().release(arena.handle);
-  return 0;
+  *size = arena.size;
+  *address = arena.address;
+  return keep(arena);
 }
 
-int64_t aqua_arena_import(int32_t device, int32_t fd, uint64_t size, uint64_t* address) {
-  const OnDevice on(device);
+int64_t aqua_arena_import(const int32_t* devices, int32_t count, int32_t fd, uint64_t size,
+                          uint64_t* address) {
+  if (count < 1 || count > kMostDevices) return fail("devices: allowed: 1 to 16");
+  const OnDevice on(devices[0]);
   if (!ready(on)) return 0;
-  Arena arena{device, 0, size, 0};
-  void* descriptor = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
-  if (!ok(driver().import_handle(&arena.handle, descriptor,
-                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
-          "importing a descriptor")) {
-    return 0;
-  }
-  if (map(&arena)) {
-    *address = arena.address;
-    return keep(arena);
-  }
-  driver().release(arena.handle);
-  return 0;
+  Arena arena;
+  arena.devices.assign(devices, devices + count);
+  arena.size = size;
+  const bool ipc = aqua::cuda::ipc_read(fd, size, &arena.record);
+  if (!(ipc ? import_ipc(&arena) : import_virtual(&arena, fd))) return 0;
+  *address = arena.address;
+  return keep(arena);
+}
+
+int32_t aqua_arena_way(int64_t id) {
+  std::lock_guard<std::mutex> guard(lock);
+  const auto found = arenas.find(id);
+  if (found == arenas.end()) return 0;
+  return found->second.way == Way::kVirtual ? 1 : 2;
 }
 
 int32_t aqua_arena_close(int64_t id) {
@@ -178,8 +291,19 @@ int32_t aqua_arena_close(int64_t id) {
     arena = found->second;
     arenas.erase(found);
   }
-  const OnDevice on(arena.device);
+  const OnDevice on(arena.devices.front());
   if (!ready(on)) return 0;
+  void* const memory = reinterpret_cast<void*>(arena.address);
+  switch (arena.way) {
+    case Way::kIpcMade:
+      return ok(cudaFree(memory), "freeing");
+    case Way::kIpcOpened:
+      return ok(cudaIpcCloseMemHandle(memory), "closing by older IPC");
+    case Way::kIpcOurs:
+      return 1;
+    case Way::kVirtual:
+      break;
+  }
   const bool unmapped = ok(driver().unmap(arena.address, arena.size), "unmapping");
   const bool freed = unmapped && ok(driver().unreserve(arena.address, arena.size), "addresses");
   return ok(driver().release(arena.handle), "releasing") && freed;

@@ -3,6 +3,9 @@
 //
 // The physical memory lives as long as somebody has it mapped: a lender that dies takes nothing
 // away from under a copy. Descriptors keep it alive too, and are closed by who got them.
+//
+// Where the driver can't export memory so, it is CUDA's older IPC (legacy_ipc.h): the calls are the
+// same, the descriptor is of a small file that names the memory. AQUA_LEGACY_IPC=1 asks for that.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +21,13 @@ const char* aqua_arena_error();
 int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64_t* address,
                           int32_t* fd);
 
-// Maps another process's arena of `size` bytes for use by `device`, which must be able to reach the
-// GPU it is on. The descriptor stays the caller's. Returns an id (> 0), or 0.
-int64_t aqua_arena_import(int32_t device, int32_t fd, uint64_t size, uint64_t* address);
+// Maps another process's arena of `size` bytes for use by `count` (1 to 16) devices, which must be
+// able to reach the GPU it is on. The descriptor stays the caller's. Returns an id (> 0), or 0.
+int64_t aqua_arena_import(const int32_t* devices, int32_t count, int32_t fd, uint64_t size,
+                          uint64_t* address);
+
+// How an open arena is shared: 1 by descriptors of the memory, 2 by older IPC; 0 if it isn't open.
+int32_t aqua_arena_way(int64_t id);
 
 // Unmaps it. Copies to and from it must have ended (retire its segments first). 1, or 0 if the id
 // is not open or the driver refuses.
@@ -34,6 +41,14 @@ int32_t aqua_arena_checksum(int64_t id, uint64_t offset, uint64_t bytes, uint64_
 
 // Bytes of `device` that nobody has, and all there are. 1 or 0.
 int32_t aqua_arena_memory(int32_t device, uint64_t* free, uint64_t* total);
+
+// GPUs that this process sees; -1 on an error.
+int32_t aqua_arena_devices();
+
+// What names a GPU for all processes of a machine, as text that ends with 0. Returns 1, or 0.
+//   uuid: its (or its MIG instance's) UUID, 32 hexadecimal digits
+//   bus: its PCI address, such as 0000:3b:00.0
+int32_t aqua_arena_identity(int32_t device, char uuid[33], char bus[32]);
 
 // How `device` reaches memory of `peer`. Returns 1, or 0 on an error.
 //   out[0]: 1 if it can at all (without staging through the host)

@@ -9,5 +9,7 @@ cudaError_t attend_matrix_bf16(const Attention& problem, cudaStream_t stream, bo
   return attend_matrix_any<Bf16>(problem, stream, tiles);
 }
 
+cudaError_t preload_matrix_bf16() { return preload_matrix_any<Bf16>(); }
+
 }  // namespace cuda
 }  // namespace aqua

@@ -7,6 +7,7 @@
 // their absolute position alone. They are summed up at the end, in order.
 
 #include "attention_plan.cuh"
+#include "preload.h"
 
 namespace aqua {
 namespace cuda {
@@ -191,6 +192,15 @@ cudaError_t attend_rows_f32(const Attention& p, cudaStream_t stream) {
   if (p.head_dim <= 64) return launch_rows<64>(p, stream);
   if (p.head_dim <= 128) return launch_rows<128>(p, stream);
   return launch_rows<256>(p, stream);
+}
+
+cudaError_t preload_rows_f32() {
+  cudaError_t error = preload(attend_row<64>, RowShape<64>::kShared + PageMap::kMostBytes);
+  if (error == cudaSuccess) {
+    error = preload(attend_row<128>, RowShape<128>::kShared + PageMap::kMostBytes);
+  }
+  if (error != cudaSuccess) return error;
+  return preload(attend_row<256>, RowShape<256>::kShared + PageMap::kMostBytes);
 }
 
 }  // namespace cuda

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention_plan.cuh"
+#include "preload.h"
 
 namespace aqua {
 namespace cuda {
@@ -370,6 +371,22 @@ cudaError_t attend_matrix_any(const Attention& p, cudaStream_t stream, bool tile
   if (p.head_dim <= 64) return launch_matrix<T, 64>(p, stream, tiles);
   if (p.head_dim <= 128) return launch_matrix<T, 128>(p, stream, tiles);
   return launch_matrix<T, 256>(p, stream, tiles);
+}
+
+template <typename T, int kDim>
+cudaError_t preload_matrix_of() {
+  const cudaError_t error = preload(attend_matrix<T, kDim, false>,
+                                    MatrixShape<kDim, false>::kShared + PageMap::kMostBytes);
+  if (error != cudaSuccess) return error;
+  return preload(attend_matrix<T, kDim, true>,
+                 MatrixShape<kDim, true>::kShared + PageMap::kMostBytes);
+}
+
+template <typename T>
+cudaError_t preload_matrix_any() {
+  cudaError_t error = preload_matrix_of<T, 64>();
+  if (error == cudaSuccess) error = preload_matrix_of<T, 128>();
+  return error == cudaSuccess ? preload_matrix_of<T, 256>() : error;
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // What surrounds the attention kernels: the write of new keys and values, the plan, the merge.
 
 #include "attention_plan.cuh"
+#include "preload.h"
 
 namespace aqua {
 namespace cuda {
@@ -258,6 +259,11 @@ cudaError_t attend(const Attention& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   return on_matrix_units(p) ? matrix(p, stream, true) : cudaSuccess;
+}
+
+cudaError_t preload_prepare() {
+  const cudaError_t error = preload(prepare);
+  return error == cudaSuccess ? preload(merge_parts) : error;
 }
 
 }  // namespace cuda

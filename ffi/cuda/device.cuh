@@ -222,8 +222,9 @@ AQUA_HD int64_t from_pool(const void* pool, const Space& space) {
 
 class PageMap {
  public:
-  // Bytes of shared memory for `spaces`.
+  // Bytes of shared memory for `spaces`, and for as many as there can be.
   static AQUA_HD int64_t bytes(const Spaces& spaces) { return int64_t{spaces.count} * sizeof(Row); }
+  static constexpr int64_t kMostBytes = kMostSpaces * 16;
 
   // For all threads of a block; without spaces there is nothing to copy or to wait for.
   __device__ __forceinline__ PageMap(void* pool, int32_t pages, int64_t page_bytes,
@@ -262,6 +263,7 @@ class PageMap {
     int32_t first, pages;
     int64_t origin;  // where page 0 would lie
   };
+  static_assert(sizeof(Row) == 16, "kMostBytes counts them");
   const Row* rows_;
   char* pool_;
   int32_t count_, pages_;

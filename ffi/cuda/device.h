@@ -57,6 +57,27 @@ class OnDevice {
 
 // ---- Launches, from host code of any kind. An empty grid is nothing to do.
 
+// Lets a kernel have so much dynamic shared memory on the current device. Never takes back what it
+// may have: another thread may be about to launch it with more.
+cudaError_t allow_shared(const void* kernel, size_t bytes);
+
+// Loads a kernel onto the current device now, with so much dynamic shared memory at most. The driver
+// loads kernels when they are first launched, which may fail where that is inside a captured graph.
+// A device without so much shared memory is no error here: the launch will say so.
+template <typename... P>
+cudaError_t preload(void (*kernel)(P...), size_t shared = 0) {
+#ifdef AQUA_EMULATE
+  (void)kernel, (void)shared;
+  return cudaSuccess;
+#else
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes unused;
+  const cudaError_t error = cudaFuncGetAttributes(&unused, function);
+  if (error == cudaSuccess && allow_shared(function, shared) != cudaSuccess) cudaGetLastError();
+  return error;
+#endif
+}
+
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
                    cudaStream_t stream, A... arguments) {
@@ -70,11 +91,8 @@ cudaError_t launch(void (*kernel)(P...), int64_t blocks, int threads, size_t sha
   return cudaSuccess;
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow_shared(function, shared);
+  if (error != cudaSuccess) return error;
   return [&](P... values) {
     void* pointers[] = {static_cast<void*>(&values)...};
     return cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,

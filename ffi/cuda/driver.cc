@@ -42,6 +42,8 @@ const Driver& driver() {
     find("cuMemGetAllocationGranularity", &d.granularity, &d.missing);
     find("cuMemExportToShareableHandle", &d.export_handle, &d.missing);
     find("cuMemImportFromShareableHandle", &d.import_handle, &d.missing);
+    find("cuDeviceGet", &d.device_get, &d.missing);
+    find("cuDeviceGetAttribute", &d.device_attribute, &d.missing);
     find("cuGetErrorString", &d.error_string, &d.missing);
     return d;
   }();

@@ -3,6 +3,7 @@
 #include "device.cuh"
 #include "moves.h"
 #include "moves_checksum.h"
+#include "preload.h"
 
 namespace aqua {
 namespace cuda {
@@ -170,6 +171,12 @@ cudaError_t hand_over_words(const int32_t* head, const int32_t* moves, int32_t w
   return launch(hand_over_kernel, 1, kThreads, 0, stream, head, moves, words,
                 reinterpret_cast<const int32_t*>(spaces.rows),
                 static_cast<int32_t>(spaces.count * sizeof(Space) / sizeof(int32_t)), out);
+}
+
+cudaError_t preload_moves() {
+  cudaError_t error = preload(copy_pieces_kernel);
+  if (error == cudaSuccess) error = preload(copy_checked_kernel, 2 * kTile);
+  return error == cudaSuccess ? preload(hand_over_kernel) : error;
 }
 
 }  // namespace cuda

@@ -1,5 +1,6 @@
 #include "device.cuh"
 #include "pages.h"
+#include "preload.h"
 
 namespace aqua {
 namespace cuda {
@@ -68,6 +69,11 @@ __global__ __launch_bounds__(kThreads) void copy_pages_kernel(
   }
 }
 
+// Bytes of shared memory besides the map.
+size_t shared_of(int64_t capacity) {
+  return static_cast<size_t>((capacity * 22 + 15) / 16 * 16 + 16);
+}
+
 template <typename Unit>
 cudaError_t launch_copies(void* pool, int64_t pages, int64_t page_bytes, const int32_t* src,
                           const int32_t* dst, const int32_t* count, int32_t capacity,
@@ -75,8 +81,7 @@ cudaError_t launch_copies(void* pool, int64_t pages, int64_t page_bytes, const i
   const int64_t units = page_bytes / static_cast<int64_t>(sizeof(Unit));
   // Enough for any GPU; a page alone has fewer.
   const int64_t wanted = (units * capacity + kThreads - 1) / kThreads;
-  const size_t shared = static_cast<size_t>((int64_t{capacity} * 22 + 15) / 16 * 16 + 16 +
-                                            PageMap::bytes(spaces));
+  const size_t shared = shared_of(capacity) + static_cast<size_t>(PageMap::bytes(spaces));
   return launch(copy_pages_kernel<Unit>, wanted < 512 ? wanted : 512, kThreads, shared, stream,
                 static_cast<Unit*>(pool), static_cast<int32_t>(pages), units, src, dst, count,
                 capacity, spaces);
@@ -94,6 +99,12 @@ cudaError_t copy_pages(void* pool, int64_t pages, int64_t page_bytes, const int3
   }
   return launch_copies<uint8_t>(pool, pages, page_bytes, src, dst, count, capacity, spaces,
                                 stream);
+}
+
+cudaError_t preload_pages() {
+  const size_t most = shared_of(kMostCopies) + PageMap::kMostBytes;
+  const cudaError_t error = preload(copy_pages_kernel<Vec16>, most);
+  return error == cudaSuccess ? preload(copy_pages_kernel<uint8_t>, most) : error;
 }
 
 }  // namespace cuda

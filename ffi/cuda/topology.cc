@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include <cstring>
+#include <cstdio>
 #include <string>
 
 #include "arena.h"
@@ -94,6 +94,30 @@ int64_t lane_speed(unsigned generation) {
 }
 
 }  // namespace
+
+int32_t aqua_arena_devices() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess) return count;
+  cudaGetLastError();
+  aqua::cuda::set_arena_error(cudaGetErrorString(error));
+  return -1;
+}
+
+int32_t aqua_arena_identity(int32_t device, char uuid[33], char bus[32]) {
+  cudaDeviceProp found;
+  cudaError_t error = cudaGetDeviceProperties(&found, device);
+  if (error == cudaSuccess) error = cudaDeviceGetPCIBusId(bus, 32, device);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    aqua::cuda::set_arena_error(cudaGetErrorString(error));
+    return 0;
+  }
+  for (int i = 0; i < 16; ++i) {
+    std::snprintf(uuid + 2 * i, 3, "%02x", static_cast<unsigned char>(found.uuid.bytes[i]));
+  }
+  return 1;
+}
 
 int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
   out[0] = out[1] = out[2] = 0;

@@ -23,13 +23,14 @@ from aqua_jax.ops import library
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FFI = ROOT / "ffi"
 FILE = "libaqua_cuda_emulated.so"
+DRIVERS = ("arena.cc", "driver.cc", "legacy_ipc.cc", "topology.cc")
 
 
 def sources() -> list[pathlib.Path]:
     """What is compiled."""
     emulation = FFI / "tests" / "cuda_emulation"
     cuda = [p for p in (FFI / "cuda").iterdir() if p.suffix in (".cc", ".cu")]
-    needs_driver = {FFI / "cuda" / name for name in ("arena.cc", "driver.cc", "topology.cc")}
+    needs_driver = {FFI / "cuda" / name for name in DRIVERS}
     shared = (FFI / "common").glob("moves_*.cc")
     return sorted({*cuda, *emulation.glob("*.cc"), *shared} - needs_driver)
 

@@ -7,6 +7,7 @@ AQUA_REQUIRE_CUDA=1 asks for one.
 from __future__ import annotations
 
 import collections
+import ctypes
 import functools
 import glob
 import os
@@ -34,6 +35,7 @@ from aqua_jax.parallel.shards import HEADS, Shards
 from tests.ops.attention_data import BF16, make_case
 
 LIBRARY = pathlib.Path(library.__file__).parents[1] / "_lib" / "libaqua_cuda.so"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGETS = ("aqua_attention", "aqua_copy_pages", "aqua_enqueue_moves")
 FUNCTIONS = (
     "AquaAttention", "AquaCopyPages", "AquaEnqueueMoves", "aqua_attention_workspace",
@@ -42,7 +44,8 @@ FUNCTIONS = (
     "aqua_moves_set_delay", "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create",
     "aqua_arena_import", "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum",
     "aqua_arena_topology", "aqua_arena_memory", "aqua_host_pin", "aqua_host_unpin",
-    "aqua_host_pinned", "aqua_host_copy",
+    "aqua_host_pinned", "aqua_host_copy", "aqua_arena_way", "aqua_arena_devices",
+    "aqua_arena_identity", "aqua_kernels_preload",
 )
 LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
 LOAD = """
@@ -52,9 +55,10 @@ assert all(hasattr(handle, name) for name in sys.argv[2:])
 """
 ARENAS = """
 from aqua_jax.errors import ArenaError
-from aqua_jax.ops.device_arena import DeviceArena, link
+from aqua_jax.ops.device_arena import DeviceArena, count, identity, link, ways
+assert ways() == {}
 for what in (lambda: DeviceArena.create(1 << 20), lambda: DeviceArena.map(0, 1 << 20),
-             lambda: link(0, 0), lambda: link(0, 1)):
+             lambda: link(0, 0), lambda: link(0, 1), count, lambda: identity(0)):
     try:
         print("no error", what())
     except ArenaError as error:
@@ -109,8 +113,25 @@ def test_arenas_say_that_there_is_no_gpu():
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}, check=True,
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
-    assert all(re.search(r"GPUs? .*: .*CUDA", line) for line in lines), done.stdout
+    assert len(lines) == 6
+    assert all(re.search(r"GPUs?.*: .*CUDA", line) for line in lines), done.stdout
+
+
+def test_every_kernel_is_loaded_before_it_is_captured():
+    """`aqua_kernels_preload` names each kernel there is, and says why it can't load them here."""
+    sources = "".join(
+        path.read_text() for path in sorted((ROOT / "ffi" / "cuda").iterdir())
+        if path.suffix in (".cu", ".cuh")
+    )
+    there = set(re.findall(r"__global__ __launch_bounds__\(\w+\) void (\w+)\(", sources))
+    loaded = set(re.findall(r"\bpreload\((\w+)", sources))
+    assert len(there) == sources.count("__global__ ") == 8 and there == loaded
+    names = " ".join(machine_code("sm_90"))
+    assert all(name in names for name in there)
+    with library.lowering_for("cuda"):
+        native = library.symbols()
+    native.aqua_kernels_preload.restype = ctypes.c_char_p
+    assert b"CUDA" in native.aqua_kernels_preload(0)
 
 
 def cuobjdump(*arguments: str) -> str:
