@@ -18,7 +18,7 @@ no generation can fence that copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from aqua_jax.coordinator import choice
 from aqua_jax.coordinator.intervals import Intervals
@@ -35,6 +35,7 @@ from aqua_jax.coordinator.records import (
     Range,
     Refused,
     Revoke,
+    Scrub,
     Span,
     label,
     round_up,
@@ -202,7 +203,8 @@ class Ledger(Recovery):
 
     def borrow(
         self, key: int, size: int, *, unit: int = PAGE, pieces: int = 1, minimum: int | None = None,
-        prefer: Sequence[str] = (), priority: int = 0,
+        prefer: Sequence[str] = (), priority: int = 0, kinds: Sequence[str] = (),
+        avoid: Collection[int] = (),
     ) -> Lease | Refused:
         """A consumer asks for memory.
 
@@ -214,6 +216,8 @@ class Ledger(Recovery):
           minimum: take less if there is less, but not less than this; None: all or nothing.
           prefer: kinds of memory, best first.
           priority: the higher, the later it is wanted back.
+          kinds: of devices' memory that it can map; others of these it is never granted.
+          avoid: arenas that it couldn't map.
 
         Raises:
           LedgerError: unknown client, or numbers that can't be.
@@ -231,7 +235,11 @@ class Ledger(Recovery):
         # Pieces whose units aren't whole pages are rounded up.
         room = quota - mine - (pieces * (PAGE - 1) if unit % PAGE else 0)
         units = min(-(-size // unit), max(0, room) // unit)
-        arenas = choice.in_order(self._lending(key), client.domain, prefer)
+        possible = [
+            arena for arena in self._lending(key) if arena.id not in avoid
+            and (not arena.terms.on_device or arena.terms.kind in kinds)
+        ]
+        arenas = choice.in_order(possible, client.domain, prefer)
         plan: list[choice.Piece] = []
         if units * unit >= least:
             plan = choice.choose(arenas, units, unit, pieces)
@@ -373,11 +381,54 @@ class Ledger(Recovery):
         Memory that goes back to its producer unscrubbed never comes here.
         """
         for arena in self.arenas.values():
+            if arena.terms.on_device:
+                continue
             taken = arena.dirty.take_some(most)
             if taken is not None:
                 arena.scrubbing.add(*taken)
                 return (arena.id, *taken)
         return None
+
+    def dirty_on_device(self, most: int) -> list[Scrub]:
+        """What lenders of devices' memory are to zero next, up to `most` bytes of each arena.
+
+        One range of an arena at a time, and only of lenders that are there; then `scrubbed_by` is
+        called, or `scrub_again` when the lender comes back and may not have heard.
+        """
+        found = []
+        for arena in self.arenas.values():
+            if not arena.terms.on_device or arena.scrubbing.total:
+                continue
+            if not self.clients[arena.producer].connected:
+                continue
+            taken = arena.dirty.take_some(most)
+            if taken is not None:
+                arena.scrubbing.add(*taken)
+                arena.scrub = self._next()
+                found.append(Scrub(arena.producer, arena.id, *taken, arena.scrub))
+        return found
+
+    def scrubbed_by(self, key: int, arena: int, number: int) -> None:
+        """A lender has zeroed what it was asked to under `number`.
+
+        Raises:
+          LedgerError: not its arena, or that isn't what it was asked last.
+        """
+        found = self._own(key, arena)
+        if not found.scrubbing.total or number != found.scrub:
+            raise LedgerError("number", number, "that of what is to be zeroed now")
+        found.scrub = 0
+        for start, end in found.scrubbing:
+            self.scrubbed(arena, start, end)
+
+    def scrub_again(self, arena: int) -> None:
+        """A lender has connected again: what it was asked to zero, it is asked once more."""
+        found = self._arena(arena)
+        if found.terms.on_device:
+            found.scrub = 0
+            for start, end in found.scrubbing:
+                found.scrubbing.remove(start, end)
+                found.dirty.add(start, end)
 
     def scrubbed(self, arena: int, start: int, end: int) -> None:
         """A range of `next_dirty` is zero now. Nothing happens if the arena is gone."""

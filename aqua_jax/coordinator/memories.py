@@ -7,7 +7,7 @@ import os
 
 from aqua_jax.coordinator.door import check_memory
 from aqua_jax.coordinator.journal import Journal
-from aqua_jax.coordinator.records import Entry
+from aqua_jax.coordinator.records import ArenaTerms, Entry
 from aqua_jax.errors import LedgerError
 
 _ZEROS = bytes(1 << 20)
@@ -19,12 +19,13 @@ class Memory:
 
     Attributes:
       fd: of its memory.
-      identity: device and inode, which no two arenas share.
+      identity: device and inode, which no two arenas of host memory share; none for a device's,
+        whose descriptors all look alike.
       journal: who holds what of it.
     """
 
     fd: int
-    identity: tuple[int, int]
+    identity: tuple[int, int] | None
     journal: Journal
 
     def close(self) -> None:
@@ -46,13 +47,16 @@ class Memories:
         return self._of[arena]
 
     def check(
-        self, fds: list[int], size: int, lent: int, *, returning: bool, arena: int = 0
-    ) -> tuple[int, int]:
+        self, fds: list[int], terms: ArenaTerms, lent: int, *, returning: bool, arena: int = 0
+    ) -> tuple[int, int] | None:
         """The identity of memory that is to become an arena.
+
+        Nothing can be seen of a device's memory but where it is mapped: its driver checks
+        descriptor and size for each borrower.
 
         Args:
           fds: as they came: of the memory, and of its journal if it returns.
-          size: bytes of the arena.
+          terms: of the arena.
           lent: how many of them are lent.
           returning: whether an earlier coordinator knew it.
           arena: the arena it is already, if that is no mistake.
@@ -62,7 +66,9 @@ class Memories:
         """
         if len(fds) != 1 + returning:
             raise LedgerError("descriptors", len(fds), f"{1 + returning}")
-        identity = check_memory(fds[0], size, lent)
+        if terms.on_device:
+            return None
+        identity = check_memory(fds[0], terms.size, lent)
         for number, known in self._of.items():
             if known.identity == identity and number != arena:
                 # Otherwise two borrowers could be given the same bytes.

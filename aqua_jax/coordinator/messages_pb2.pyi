@@ -15,7 +15,7 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class FromClient(_message.Message):
-    __slots__ = ("id", "hello", "renew", "leave", "register", "lend", "reclaim", "unregister", "borrow", "give_back", "give_up", "free")
+    __slots__ = ("id", "hello", "renew", "leave", "register", "lend", "reclaim", "unregister", "borrow", "give_back", "give_up", "free", "scrubbed")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class FromClient(_message.Message):
     GIVE_BACK_FIELD_NUMBER: _ClassVar[int]
     GIVE_UP_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
+    SCRUBBED_FIELD_NUMBER: _ClassVar[int]
     id: int
     hello: Hello
     renew: Renew
@@ -40,7 +41,8 @@ class FromClient(_message.Message):
     give_back: GiveBack
     give_up: GiveUp
     free: Free
-    def __init__(self, id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., lend: _Optional[_Union[Lend, _Mapping]] = ..., reclaim: _Optional[_Union[Reclaim, _Mapping]] = ..., unregister: _Optional[_Union[Unregister, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., give_back: _Optional[_Union[GiveBack, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., free: _Optional[_Union[Free, _Mapping]] = ...) -> None: ...
+    scrubbed: Scrubbed
+    def __init__(self, id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., lend: _Optional[_Union[Lend, _Mapping]] = ..., reclaim: _Optional[_Union[Reclaim, _Mapping]] = ..., unregister: _Optional[_Union[Unregister, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., give_back: _Optional[_Union[GiveBack, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., free: _Optional[_Union[Free, _Mapping]] = ..., scrubbed: _Optional[_Union[Scrubbed, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("key", "name", "domain", "claims", "arenas")
@@ -75,7 +77,7 @@ class Leave(_message.Message):
     def __init__(self) -> None: ...
 
 class Terms(_message.Message):
-    __slots__ = ("size", "name", "kind", "domain", "bandwidth", "cap", "scrub")
+    __slots__ = ("size", "name", "kind", "domain", "bandwidth", "cap", "scrub", "device")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +85,7 @@ class Terms(_message.Message):
     BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     CAP_FIELD_NUMBER: _ClassVar[int]
     SCRUB_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     size: int
     name: str
     kind: str
@@ -90,7 +93,8 @@ class Terms(_message.Message):
     bandwidth: int
     cap: int
     scrub: bool
-    def __init__(self, size: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., domain: _Optional[str] = ..., bandwidth: _Optional[int] = ..., cap: _Optional[int] = ..., scrub: _Optional[bool] = ...) -> None: ...
+    device: str
+    def __init__(self, size: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., domain: _Optional[str] = ..., bandwidth: _Optional[int] = ..., cap: _Optional[int] = ..., scrub: _Optional[bool] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ("tag", "arena", "terms", "lent")
@@ -133,20 +137,24 @@ class Unregister(_message.Message):
     def __init__(self, arena: _Optional[int] = ..., abandon: _Optional[bool] = ...) -> None: ...
 
 class Borrow(_message.Message):
-    __slots__ = ("bytes", "unit", "pieces", "minimum", "priority", "prefer")
+    __slots__ = ("bytes", "unit", "pieces", "minimum", "priority", "prefer", "kinds", "avoid")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     PIECES_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     PREFER_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    AVOID_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     unit: int
     pieces: int
     minimum: int
     priority: int
     prefer: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, bytes: _Optional[int] = ..., unit: _Optional[int] = ..., pieces: _Optional[int] = ..., minimum: _Optional[int] = ..., priority: _Optional[int] = ..., prefer: _Optional[_Iterable[str]] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    avoid: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, bytes: _Optional[int] = ..., unit: _Optional[int] = ..., pieces: _Optional[int] = ..., minimum: _Optional[int] = ..., priority: _Optional[int] = ..., prefer: _Optional[_Iterable[str]] = ..., kinds: _Optional[_Iterable[str]] = ..., avoid: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GiveBack(_message.Message):
     __slots__ = ("generation", "start", "end")
@@ -170,8 +178,16 @@ class Free(_message.Message):
     lease: int
     def __init__(self, lease: _Optional[int] = ...) -> None: ...
 
+class Scrubbed(_message.Message):
+    __slots__ = ("arena", "number")
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    arena: int
+    number: int
+    def __init__(self, arena: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
 class ToClient(_message.Message):
-    __slots__ = ("id", "welcome", "registered", "granted", "refused", "done", "error", "revoke", "lost", "returned")
+    __slots__ = ("id", "welcome", "registered", "granted", "refused", "done", "error", "revoke", "lost", "returned", "scrub")
     ID_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REGISTERED_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +198,7 @@ class ToClient(_message.Message):
     REVOKE_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
     RETURNED_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_FIELD_NUMBER: _ClassVar[int]
     id: int
     welcome: Welcome
     registered: Registered
@@ -192,7 +209,8 @@ class ToClient(_message.Message):
     revoke: Revoke
     lost: Lost
     returned: Returned
-    def __init__(self, id: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., revoke: _Optional[_Union[Revoke, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ...) -> None: ...
+    scrub: Scrub
+    def __init__(self, id: _Optional[int] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., revoke: _Optional[_Union[Revoke, _Mapping]] = ..., lost: _Optional[_Union[Lost, _Mapping]] = ..., returned: _Optional[_Union[Returned, _Mapping]] = ..., scrub: _Optional[_Union[Scrub, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("key", "term_ms")
@@ -287,6 +305,16 @@ class Returned(_message.Message):
     arena: int
     span: Span
     def __init__(self, arena: _Optional[int] = ..., span: _Optional[_Union[Span, _Mapping]] = ...) -> None: ...
+
+class Scrub(_message.Message):
+    __slots__ = ("arena", "span", "number")
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    SPAN_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    arena: int
+    span: Span
+    number: int
+    def __init__(self, arena: _Optional[int] = ..., span: _Optional[_Union[Span, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -11,6 +11,8 @@ from aqua_jax.errors import LedgerError
 PAGE = mmap.PAGESIZE
 MOST = 2**62  # bytes and ids beyond this are mistakes
 MOST_PIECES = 64
+# Kinds of memory that the host can't read or write: their lenders zero them.
+DEVICE_KINDS = frozenset({"cuda"})
 Span = tuple[int, int]
 
 
@@ -53,6 +55,7 @@ class ArenaTerms:
       bandwidth: bytes/s that copies to it may reach; 0: unknown.
       cap: bytes/s that a borrower may use; 0: all. The borrower's pager keeps it.
       scrub: zeroed before its owner gets it back.
+      device: that it is on, by a name that all processes know; "" for the host's.
     """
 
     size: int
@@ -62,6 +65,7 @@ class ArenaTerms:
     bandwidth: int = 0
     cap: int = 0
     scrub: bool = False
+    device: str = ""
 
     def __post_init__(self) -> None:
         whole("size", self.size, PAGE)
@@ -70,8 +74,14 @@ class ArenaTerms:
         label("name", self.name)
         label("kind", self.kind, 32)
         label("domain", self.domain)
+        label("device", self.device)
         whole("bandwidth", self.bandwidth)
         whole("cap", self.cap)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the host can't read or write it."""
+        return self.kind in DEVICE_KINDS
 
 
 @dataclasses.dataclass
@@ -128,6 +138,7 @@ class Arena:
       free: zeroed; may be granted.
       dirty: held bytes of somebody once.
       scrubbing: being zeroed now.
+      scrub: the number under which its lender was asked to zero `scrubbing`, if it was.
       ranges: by generation, oldest first.
     """
 
@@ -140,6 +151,7 @@ class Arena:
     scrubbing: Intervals
     ranges: dict[int, Range]
     deadline: float | None = None
+    scrub: int = 0
 
     @property
     def held(self) -> int:
@@ -268,6 +280,17 @@ class Returned:
     arena: int
     start: int
     end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Scrub:
+    """Tell a lender to zero a range of its device's memory, and to say so under the number."""
+
+    client: int
+    arena: int
+    start: int
+    end: int
+    number: int
 
 
 @dataclasses.dataclass(frozen=True)

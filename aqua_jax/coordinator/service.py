@@ -29,6 +29,7 @@ from aqua_jax.errors import AquaError, CoordinatorError, LedgerError
 _log = logging.getLogger(__name__)
 
 ZERO_BYTES = 16 << 20  # between two looks at what else is to do
+SCRUB_BYTES = 1 << 30  # that a lender of a device's memory is asked to zero at a time
 FD_S = 2.0  # for descriptors to come through the door
 CLEAN_S = 5.0  # most that a request waits for memory to be zeroed
 MOST_UNSENT = 1000  # messages to a client that reads nothing
@@ -232,9 +233,17 @@ class Service:
             ledger.give_up(key, message.give_up.generation)
         elif kind == "free":
             ledger.free(key, message.free.lease)
+        elif kind == "scrubbed":
+            self._scrubbed(key, message.scrubbed.arena, message.scrubbed.number)
         elif kind != "renew":
             raise LedgerError("message", kind, "one that clients send, hello only once")
         return translate.done(message.id, left, held)
+
+    def _scrubbed(self, key: int, arena: int, number: int) -> None:
+        before = self.ledger.arenas[arena].scrubbing.total if arena in self.ledger.arenas else 0
+        self.ledger.scrubbed_by(key, arena, number)
+        self.counters.zeroed_bytes += before
+        self._cleaned.set()
 
     async def _borrow(self, session: Session, number: int, asked: messages.Borrow) -> None:
         ledger, end = self.ledger, time.monotonic() + CLEAN_S
@@ -284,10 +293,11 @@ class Service:
             lent = [(span.start, span.end) for span in asked.lent]
             arena, total = asked.arena, sum(end - start for start, end in lent)
             if arena in self.ledger.arenas:
-                self._memories.check(fds, terms.size, total, returning=True, arena=arena)
+                self._memories.check(fds, terms, total, returning=True, arena=arena)
                 self.ledger.resume(session.key, arena, lent)
+                self.ledger.scrub_again(arena)
                 return translate.registered(number, arena)
-            identity = self._memories.check(fds, terms.size, total, returning=bool(arena))
+            identity = self._memories.check(fds, terms, total, returning=bool(arena))
             if arena:
                 journal, entries = Journal.adopt(fds[1], terms.size)
                 self.ledger.restore(session.key, arena, terms, lent, entries)
@@ -404,6 +414,10 @@ class Service:
             session = self._sessions.get(event.client)
             if session is not None:
                 session.say(translate.event(event, now))
+        for scrub in self.ledger.dirty_on_device(SCRUB_BYTES):
+            session = self._sessions.get(scrub.client)
+            if session is not None:
+                session.say(translate.scrub(scrub))
         self._memories.keep(set(self.ledger.arenas))
         if any(arena.dirty.total for arena in self.ledger.arenas.values()):
             self._dirty.set()

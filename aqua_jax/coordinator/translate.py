@@ -16,6 +16,7 @@ from aqua_jax.coordinator.records import (
     Refused,
     Returned,
     Revoke,
+    Scrub,
 )
 from aqua_jax.errors import AquaError, FieldError, LedgerError
 
@@ -46,7 +47,7 @@ def terms(told: messages.Terms) -> ArenaTerms:
     """
     return ArenaTerms(
         told.size, told.name, told.kind or "host", told.domain, told.bandwidth, told.cap,
-        told.scrub,
+        told.scrub, told.device,
     )
 
 
@@ -54,7 +55,7 @@ def terms_message(found: ArenaTerms) -> messages.Terms:
     """The same as a message."""
     return messages.Terms(
         size=found.size, name=found.name, kind=found.kind, domain=found.domain,
-        bandwidth=found.bandwidth, cap=found.cap, scrub=found.scrub,
+        bandwidth=found.bandwidth, cap=found.cap, scrub=found.scrub, device=found.device,
     )
 
 
@@ -62,13 +63,17 @@ def wishes(asked: messages.Borrow) -> dict[str, Any]:
     """A request's arguments of `Ledger.borrow`.
 
     Raises:
-      LedgerError: too many preferences.
+      LedgerError: too many preferences, kinds or arenas.
     """
-    if len(asked.prefer) > MOST_PREFERENCES:
-        raise LedgerError("prefer", len(asked.prefer), f"at most {MOST_PREFERENCES}")
+    for field, most in (
+        ("prefer", MOST_PREFERENCES), ("kinds", MOST_PREFERENCES), ("avoid", MOST_CLAIMS)
+    ):
+        if len(getattr(asked, field)) > most:
+            raise LedgerError(field, len(getattr(asked, field)), f"at most {most}")
     return {
         "size": asked.bytes, "unit": asked.unit, "pieces": asked.pieces,
         "minimum": asked.minimum, "priority": asked.priority, "prefer": tuple(asked.prefer),
+        "kinds": tuple(asked.kinds), "avoid": frozenset(asked.avoid),
     }
 
 
@@ -123,6 +128,14 @@ def error(number: int, found: AquaError) -> messages.ToClient:
     else:
         body = messages.Error(kind=type(found).__name__, allowed=str(found)[:500])
     return messages.ToClient(id=number, error=body)
+
+
+def scrub(found: Scrub) -> messages.ToClient:
+    """Asks a lender to zero its device's memory."""
+    return messages.ToClient(scrub=messages.Scrub(
+        arena=found.arena, span=messages.Span(start=found.start, end=found.end),
+        number=found.number,
+    ))
 
 
 def event(found: Revoke | Lost | Returned, now: float) -> messages.ToClient:

@@ -159,7 +159,7 @@ class Borrowing:
         found = {
             name: {
                 "lender": name, "leases": 0, "capacity": 0, "in_use": 0, "wanted": 0, "lost": 0,
-                "bandwidth_cap": 0, "bytes_out": out, "bytes_in": back,
+                "bandwidth_cap": 0, "kind": "", "shared_by": "", "bytes_out": out, "bytes_in": back,
             }
             for name, (out, back) in list(self.moved.items())
         }
@@ -172,6 +172,7 @@ class Borrowing:
                 shown["wanted"] += part.wanted_slots
                 shown["lost"] += part.lost
                 shown["bandwidth_cap"] = 0 if part.pace is None else part.pace.cap
+                shown["kind"], shown["shared_by"] = part.lease.kind, part.lease.way
         return list(found.values())
 
     def close(self) -> None:

@@ -135,7 +135,9 @@ class DeviceSource:
         finally:
             os.close(owner.fd)
         memory = MappedRange(arena, owner)
-        self._lease = Lease(memory, 0, lambda lease, offset, nbytes: None)
+        self._lease = Lease(
+            memory, 0, lambda lease, offset, nbytes: None, kind="cuda", way=arena.way
+        )
         return (self._lease,)
 
     def close(self) -> None:

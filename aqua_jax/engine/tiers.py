@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 from aqua_jax.config import EngineConfig
+from aqua_jax.engine import device_mapping
 from aqua_jax.engine.borrowing import Borrowing
 from aqua_jax.engine.device_peer import DeviceSource, gpu_of
 from aqua_jax.engine.pager import OwnedStore
@@ -161,7 +162,8 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
                 )
             else:
                 unit = page_bytes // devices * entries.count(entry)
-                source = _socket(config, entry, unit, client)
+                users = [index for index, other in enumerate(entries) if other == entry]
+                source = _socket(config, entry, unit, client, users)
             opened.callback(source.close)
             found.append(source)
         opened.pop_all()
@@ -169,12 +171,17 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
 
 
 def _socket(
-    config: EngineConfig, entry: str, unit: int, client: Client | None
+    config: EngineConfig, entry: str, unit: int, client: Client | None, devices: list[int]
 ) -> LeaseSource:
+    # What is lent may be a GPU's: then it is mapped for the devices that copy to it.
+    mappers = device_mapping.mappers(devices)
     try:
         if client is not None and entry == config.coordinator:
-            return sources.CoordinatorSource(entry, unit=unit, client=client)
-        return sources.connect(entry, name="aqua-jax", unit=unit)
+            return sources.CoordinatorSource(entry, unit=unit, client=client, mappers=mappers)
+        return sources.connect(
+            entry, name="aqua-jax", unit=unit, domain=device_mapping.domain(devices),
+            mappers=mappers,
+        )
     except AquaError as error:
         raise ConfigError(
             "peer", config.peer, "the socket of a lender or a coordinator that runs (aqua-jax "

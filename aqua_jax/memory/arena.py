@@ -116,6 +116,8 @@ class Arena:
     and mapped, until it goes.
     """
 
+    kind, device, way = "host", "", "descriptors"  # what lenders say of it, how it is shared
+
     def __init__(self, mapping: mmap.mmap, size: int, fd: int = -1) -> None:
         """Use the class methods.
 

@@ -17,10 +17,12 @@ import time
 from types import TracebackType
 
 from aqua_jax.coordinator import sockets
+from aqua_jax.coordinator.records import DEVICE_KINDS
 from aqua_jax.errors import AquaError, LenderError, ProtocolError
 from aqua_jax.memory import protocol
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.mapping import Mapper, Mappings, Part
 
 _log = logging.getLogger(__name__)
 
@@ -35,13 +37,18 @@ class Borrower:
       ConfigError: no possible path.
     """
 
-    def __init__(self, path: str, *, name: str = "", timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, path: str, *, name: str = "", timeout_s: float = 10.0,
+        mappers: dict[str, Mapper] | None = None,
+    ) -> None:
         """
         Args:
           path: where the lender listens, or @name.
           name: shown in the lender's status lines.
           timeout_s: for connecting, and for each question to the lender.
+          mappers: for devices' memory, by kind.
         """
+        self._mappings = Mappings(mappers)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # over what follows; never held while waiting
         self._unsent = bytearray()
@@ -85,6 +92,14 @@ class Borrower:
             protocol.whole(welcome, "version", protocol.VERSION, protocol.VERSION)
             self.lender_name = protocol.text(welcome, "name")
             self.arena_size = protocol.whole(welcome, "bytes", 1)
+            told = {"memory": "host", "device": "", **welcome}
+            self.kind = protocol.text(told, "memory", 32)
+            self.device = protocol.text(told, "device")
+            if self.kind in DEVICE_KINDS and self.kind not in self._mappings.kinds:
+                raise LenderError(
+                    f"the lender at {path} lends memory of {self.device or self.kind}, which "
+                    "this process can't map: it has no device for that"
+                )
             if len(received) != 1:
                 raise LenderError(f"the lender at {path} sent {len(received)} descriptors, not 1")
             self._socket.setblocking(False)
@@ -118,20 +133,27 @@ class Borrower:
             with self._lock:  # while we map, `_lost` may close the descriptor
                 fd = os.dup(self._fd) if self._fd >= 0 else -1
             try:
-                arena = Arena.adopt(fd, offset, answer["bytes"])
+                arena = self._map(fd, offset, answer["bytes"])
             finally:
                 if fd >= 0:
                     os.close(fd)
         except AquaError as error:
             self._send("give_back", generation=generation, offset=offset, bytes=answer["bytes"])
             raise LenderError(f"what the lender sent can't be used: {error}") from error
-        lease = Lease(arena, generation, self._release, self._forget)
+        lease = Lease(arena, generation, self._release, self._forget, kind=self.kind, way=arena.way)
         with self._lock:
             self._leases[generation] = lease, offset
             if generation in self._early:
                 lease.keep, lease.deadline = self._early.pop(generation)
             lease.alive = self.alive
         return lease
+
+    def _map(self, fd: int, offset: int, size: int) -> Arena | Part:
+        if self.kind not in DEVICE_KINDS:
+            return Arena.adopt(fd, offset, size)
+        return self._mappings.part(
+            0, fd, self.arena_size, offset, size, kind=self.kind, device=self.device
+        )
 
     def resize(self, size: int) -> None:
         """Tells the lender to lend at most `size` bytes.

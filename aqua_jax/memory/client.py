@@ -16,12 +16,14 @@ from types import TracebackType
 from typing import Any, cast
 
 from aqua_jax.coordinator.intervals import Intervals
-from aqua_jax.coordinator.records import PAGE, ArenaTerms, Span, whole
-from aqua_jax.errors import AquaError, CoordinatorError, LedgerError, StoreError
+from aqua_jax.coordinator.records import DEVICE_KINDS, PAGE, ArenaTerms, Span, whole
+from aqua_jax.errors import AquaError, ArenaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.link import Link, Question, messages
-from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
+from aqua_jax.memory.loan import Held, Lendable, Lending, Loan, terms_of
+from aqua_jax.memory.mapping import Mapper, Mappings, Part
+from aqua_jax.memory.scrubbing import Scrubber
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Client:
 
     def __init__(
         self, path: str, *, name: str = "", domain: str = "", timeout_s: float = 10.0,
-        wait: bool = True,
+        wait: bool = True, mappers: dict[str, Mapper] | None = None,
     ) -> None:
         """
         Args:
@@ -48,6 +50,7 @@ class Client:
           domain: where this process's memory is; near memory is lent first.
           timeout_s: for connecting, and for each answer.
           wait: return when connected. Otherwise the thread goes on trying.
+          mappers: for devices' memory, by kind; of kinds without one nothing is borrowed.
         """
         self.name, self.domain = name, domain
         self._lock = threading.Lock()  # over what follows; never held while waiting
@@ -59,6 +62,9 @@ class Client:
         self._offering: Lending | None = None
         self._closed = False
         self.wanted = False
+        self.mappings = Mappings(mappers)
+        self._unmappable: set[int] = set()  # arenas
+        self._scrubber = Scrubber(self._scrubbed)
         self._link = Link(
             path, timeout_s, hello=self._hello, joined=self._joined, heard=self._heard,
             answered=self._answered,
@@ -89,7 +95,7 @@ class Client:
           unit: bytes that must be in one piece, such as a page of keys and values.
           pieces: loans at most.
           minimum: take less if there is less, but at least this; None: all or nothing.
-          prefer: kinds of memory, best first.
+          prefer: kinds of memory, best first; none: devices' that can be mapped before the host's.
           priority: the higher, the later it is wanted back.
           timeout_s: for the answer; None: the client's.
 
@@ -100,19 +106,42 @@ class Client:
           LedgerError: numbers that can't be.
           CoordinatorError: no answer, or memory that can't be trusted.
         """
+        while True:
+            known = len(self._unmappable)
+            try:
+                asked = messages.Borrow(
+                    bytes=size, unit=unit, pieces=pieces, priority=priority,
+                    prefer=list(prefer or self.mappings.kinds),
+                    minimum=size if minimum is None else minimum,
+                    kinds=self.mappings.kinds, avoid=sorted(self._unmappable),
+                )
+            except (ValueError, TypeError) as error:
+                raise StoreError(f"cannot borrow {size!r} bytes: {error}") from error
+            answer, fds = self._link.ask(timeout_s, borrow=asked)
+            if answer is None:
+                return None
+            try:
+                return self._loans(answer, fds)
+            except CoordinatorError:
+                if len(self._unmappable) == known:
+                    raise
+                # What is lent elsewhere may do.
+
+    def _loans(self, answer: Any, fds: dict[int, int]) -> list[Loan]:
+        """Maps what was granted, all of it or nothing."""
+        loans: list[Loan] = []
+        memory: list[Arena | Part] = []
         try:
-            asked = messages.Borrow(
-                bytes=size, unit=unit, pieces=pieces, priority=priority, prefer=list(prefer),
-                minimum=size if minimum is None else minimum,
-            )
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"cannot borrow {size!r} bytes: {error}") from error
-        answer, fds = self._link.ask(timeout_s, borrow=asked)
-        if answer is None:
-            return None
-        try:
-            loans = [self._map(answer.lease, piece, fds[piece.arena]) for piece in answer.pieces]
+            for piece in answer.pieces:
+                memory.append(self._memory(piece, fds[piece.arena]))
+                loans.append(Loan(
+                    memory[-1], piece.generation, self._release, self._forget,
+                    lease=answer.lease, number=piece.arena, lender=piece.lender, pid=piece.pid,
+                    terms=terms_of(piece.terms), way=memory[-1].way,
+                ))
         except AquaError as error:
+            for one in memory:
+                one.close()
             with self._lock:
                 for piece in answer.pieces:
                     self._held.pop(piece.generation, None)
@@ -129,16 +158,18 @@ class Client:
             self._look()
         return loans
 
-    def _map(self, lease: int, piece: Any, fd: int) -> Loan:
-        arena = Arena.adopt(fd, piece.offset, piece.bytes)
-        told = piece.terms
-        return Loan(
-            arena, piece.generation, self._release, self._forget, lease=lease,
-            number=piece.arena, lender=piece.lender, pid=piece.pid,
-            terms=ArenaTerms(
-                told.size, told.name, told.kind, told.domain, told.bandwidth, told.cap, told.scrub
-            ),
-        )
+    def _memory(self, piece: Any, fd: int) -> Arena | Part:
+        terms = piece.terms
+        if terms.kind not in DEVICE_KINDS:
+            return Arena.adopt(fd, piece.offset, piece.bytes)
+        try:
+            return self.mappings.part(
+                piece.arena, fd, terms.size, piece.offset, piece.bytes, kind=terms.kind,
+                device=terms.device,
+            )
+        except ArenaError:
+            self._unmappable.add(piece.arena)
+            raise
 
     def _release(self, loan: Lease, offset: int, size: int) -> None:
         """A loan has let go of a part."""
@@ -168,13 +199,14 @@ class Client:
     def lend(
         self, arena: Lendable, lent: Iterable[Span] | None = None, *, name: str = "",
         kind: str = "host", domain: str | None = None, bandwidth: int = 0, cap: int = 0,
-        scrub: bool = False,
+        scrub: bool = False, device: str = "",
     ) -> Lending:
         """Lends an arena, or parts of it.
 
-        What it holds is zeroed before anybody borrows it, and by the coordinator: it is the
-        caller's no more. What isn't lent stays the caller's, but whoever borrows a part could read
-        it, as all processes of this user could.
+        What it holds is zeroed before anybody borrows it, by the coordinator, or by `arena.scrub`
+        in a thread of the client's where only devices reach it: it is the caller's no more. What
+        isn't lent stays the caller's, but whoever borrows a part could read it, as all processes of
+        this user could.
 
         Args:
           arena: made by `Arena.create`, or an extent; must live as long as the lending.
@@ -185,6 +217,7 @@ class Client:
           bandwidth: bytes/s that copies to it may reach; 0: unknown.
           cap: bytes/s that a borrower may use; 0: all.
           scrub: zeroed before it comes back.
+          device: that it is on, by a name that borrowers know.
 
         Raises:
           LedgerError: what can't be lent.
@@ -192,7 +225,7 @@ class Client:
         """
         terms = ArenaTerms(
             arena.size, name, kind, self.domain if domain is None else domain, bandwidth, cap,
-            scrub,
+            scrub, device,
         )
         spans = [(0, arena.size)] if lent is None else list(lent)
         with self._offering_lock:
@@ -219,7 +252,7 @@ class Client:
             tag=tag, arena=lending.id,
             terms=messages.Terms(
                 size=terms.size, name=terms.name, kind=terms.kind, domain=terms.domain,
-                bandwidth=terms.bandwidth, cap=terms.cap, scrub=terms.scrub,
+                bandwidth=terms.bandwidth, cap=terms.cap, scrub=terms.scrub, device=terms.device,
             ),
             lent=[messages.Span(start=start, end=end) for start, end in spans],
         )
@@ -304,6 +337,7 @@ class Client:
 
     def take_away(self, lending: Lending) -> None:
         """For `Lending.close`."""
+        self._scrubber.settle()
         with self._lock:
             self._lendings.pop(lending.id, None)
             journal, lending.journal = lending.journal, -1
@@ -334,6 +368,7 @@ class Client:
         with self._lock:
             lendings = list(self._lendings.values())
             self._returning.clear()
+        self._scrubber.forget()
         for lending in lendings:
             try:
                 offer = self._offer(lending, [lending.arena.fd, lending.journal])
@@ -391,6 +426,13 @@ class Client:
 
     def _heard(self, link: Link, message: Any) -> None:
         kind = message.WhichOneof("body")
+        if kind == "scrub":
+            told = message.scrub
+            with self._lock:
+                lending = self._lendings.get(told.arena)
+            if lending is not None:
+                self._scrubber.ask(lending, told.span.start, told.span.end, told.number)
+            return
         if kind == "returned":
             span = message.returned.span
             with self._lock:
@@ -417,6 +459,9 @@ class Client:
             # Given back a moment ago, or before the coordinator was restarted.
             link.tell(give_up=messages.GiveUp(generation=told.generation))
 
+    def _scrubbed(self, lending: Lending, number: int) -> None:
+        self._link.tell(scrubbed=messages.Scrubbed(arena=lending.id, number=number))
+
     # The end.
 
     def close(self) -> None:
@@ -432,6 +477,7 @@ class Client:
         with contextlib.suppress(AquaError):
             self._link.ask(_LEAVE_S, leave=messages.Leave())
         self._link.close()
+        self._scrubber.close()
         with self._lock:
             lendings, self._lendings = list(self._lendings.values()), {}
         for lending in lendings:

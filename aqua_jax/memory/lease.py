@@ -70,11 +70,14 @@ class Lease:
       bell: see `ring`.
       deadline: `time.monotonic()` by which it wants the rest; None when it wants nothing.
       lender: the lender's name, if it has one.
+      kind: of memory: "host", or a device's that the host can't read.
+      way: how it is shared: by descriptors of the memory, or less well (`ops.device_arena`).
     """
 
     def __init__(
         self, arena: LeasedRange, generation: int, release: Callable[[Lease, int, int], None],
-        closed: Callable[[Lease], None] = lambda lease: None,
+        closed: Callable[[Lease], None] = lambda lease: None, *, kind: str = "host",
+        way: str = "descriptors",
     ) -> None:
         """
         Args:
@@ -82,8 +85,11 @@ class Lease:
           generation: the lender's name for it.
           release: tells the lender, without waiting, that (offset, size) is its own again.
           closed: called once when the lease has ended.
+          kind: of memory.
+          way: how it is shared.
         """
         self._arena, self._release, self._on_close = arena, release, closed
+        self.kind, self.way = kind, way
         self.before_unmap: Callable[[], None] | None = None
         self.bell = Bell()
         self.generation = generation

@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 from types import TracebackType
+from typing import Protocol
 
 from aqua_jax.errors import ArenaError, ConfigError, StaleHandleError
 from aqua_jax.memory.arena import PAGE, sealed_file
@@ -33,6 +34,36 @@ def _mapped(address: int | None, size: int, protection: int, flags: int, fd: int
     if found in (None, _FAILED):
         raise ArenaError(f"cannot map {size} bytes: {os.strerror(ctypes.get_errno())}")
     return int(found)
+
+
+class LentMemory(Protocol):
+    """An arena to lend as a whole: `memory.arena.Arena`, or a device's.
+
+    Attributes:
+      size: bytes, whole pages; zeroed.
+      kind: of memory: "host", "cuda".
+      device: that it is on, by a name that all processes know; "" for the host's.
+    """
+
+    size: int
+    kind: str
+    device: str
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to lend out; it stays the arena's."""
+
+    def scrub(self, offset: int, size: int) -> None:
+        """Overwrites with zeros."""
+
+    def vacate(self, offset: int, size: int) -> None:
+        """Returns a part to the system, where parts can be returned."""
+
+    def occupy(self, offset: int, size: int) -> None:
+        """Takes a vacated part again, zeroed."""
+
+    def close(self) -> None:
+        """Ends it; borrowers' mappings stay valid."""
 
 
 class Extent:

@@ -26,6 +26,7 @@ from aqua_jax.errors import AquaError, ConfigError, FieldError, LenderError, Pro
 from aqua_jax.memory import protocol
 from aqua_jax.memory.arena import Arena, round_up
 from aqua_jax.memory.grants import Grant, Grants
+from aqua_jax.memory.lendable import LentMemory
 
 SCRUB_BYTES = 16 << 20  # between two looks at the sockets: about 3 ms
 HELLO_S = 5.0  # for a connection to say who it is
@@ -66,6 +67,7 @@ class Lender:
     def __init__(
         self, size: int, listen: str, *, name: str = "", huge_pages: bool = False,
         drain_s: float = 10.0, max_clients: int = 64, report: Callable[[str], None] | None = None,
+        arena: LentMemory | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +78,7 @@ class Lender:
           drain_s: seconds borrowers are given when memory is wanted back.
           max_clients: connections, and processes that still hold memory, at a time.
           report: called with a line of text on every change.
+          arena: a device's, instead of the host's; owned once the lender is made.
         """
         if len(name) > 200 or not name.isprintable():
             raise ConfigError("name", name, "at most 200 printable characters")
@@ -84,7 +87,8 @@ class Lender:
         with contextlib.ExitStack() as stack:
             self._listener = Listener(listen)
             stack.callback(self._listener.close)
-            self.arena = Arena.create(size, "aqua-lend", huge_pages=huge_pages)
+            lent: LentMemory = arena or Arena.create(size, "aqua-lend", huge_pages=huge_pages)
+            self.arena = lent
             stack.callback(self.arena.close)
             self.grants = Grants(self.arena.size)
             self._wake_read, self.wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -301,7 +305,8 @@ class Lender:
         client.name = protocol.text(message, "name")
         client.greeted = True
         welcome = protocol.encode(
-            "welcome", version=protocol.VERSION, name=self._name, bytes=self.arena.size
+            "welcome", version=protocol.VERSION, name=self._name, bytes=self.arena.size,
+            memory=self.arena.kind, device=self.arena.device,
         )
         assert client.socket is not None
         try:

@@ -389,7 +389,7 @@ class Link:
             self._welcome.set()
             self._joined(self)
             self._first.set()
-        elif kind in ("revoke", "lost", "returned"):
+        elif kind in ("revoke", "lost", "returned", "scrub"):
             self._heard(self, message)
         elif kind == "error" and not self._welcome.is_set():
             raise CoordinatorError(

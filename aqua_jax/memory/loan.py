@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.records import ArenaTerms, Span
 from aqua_jax.errors import StaleHandleError
-from aqua_jax.memory.arena import Arena
-from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.lease import Lease, LeasedRange
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +35,12 @@ class Loan(Lease):
     """
 
     def __init__(
-        self, arena: Arena, generation: int, release: Callable[[Lease, int, int], None],
+        self, arena: LeasedRange, generation: int, release: Callable[[Lease, int, int], None],
         closed: Callable[[Lease], None], *, lease: int, number: int, terms: ArenaTerms,
-        lender: str, pid: int,
+        lender: str, pid: int, way: str = "descriptors",
     ) -> None:
         """As `Lease`; the rest are the attributes."""
-        super().__init__(arena, generation, release, closed)
+        super().__init__(arena, generation, release, closed, kind=terms.kind, way=way)
         self.lease, self.arena, self.terms, self.lender = lease, number, terms, lender
         self.pid = pid
 
@@ -50,6 +49,14 @@ class Loan(Lease):
         """Bytes/s that its holder's pager keeps to, for all that it has from that lender on the
         same terms; 0: no limit."""
         return self.terms.cap
+
+
+def terms_of(told: Any) -> ArenaTerms:
+    """The terms in a message of the coordinator's."""
+    return ArenaTerms(
+        told.size, told.name, told.kind, told.domain, told.bandwidth, told.cap, told.scrub,
+        told.device,
+    )
 
 
 @dataclasses.dataclass

@@ -26,7 +26,7 @@ from aqua_jax.coordinator.records import (
     Revoke,
     Span,
 )
-from aqua_jax.errors import AquaError, CoordinatorError, StoreError
+from aqua_jax.errors import AquaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
 from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
@@ -133,6 +133,8 @@ class LocalClient:
             arena.size, name, kind, self.domain if domain is None else domain, bandwidth, cap,
             scrub,
         )
+        if terms.on_device:
+            raise LedgerError("kind", kind, "the host's: in one process others are shared anyway")
         spans = [(0, arena.size)] if lent is None else list(lent)
         with self._lock:
             number = self._ledger.register(_LENDER, terms, spans).id

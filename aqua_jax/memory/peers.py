@@ -110,7 +110,7 @@ class PeerTier:
         return None
 
     def _ready(self, lease: Lease) -> bool:
-        if self._pins is None:
+        if self._pins is None or lease.kind != "host":
             return True
         try:
             self._pins.pin(lease.address, lease.size)

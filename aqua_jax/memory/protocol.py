@@ -18,7 +18,7 @@ From the lender:
 
 | type | fields |
 |---|---|
-| welcome | version, name, bytes |
+| welcome | version, name, bytes, memory (host, cuda), device (its name) |
 | granted | id, generation, offset, bytes |
 | refused | id, free, longest |
 | freed, resized | id |

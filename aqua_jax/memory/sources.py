@@ -12,6 +12,7 @@ from aqua_jax.errors import LenderError
 from aqua_jax.memory.arena import PAGE
 from aqua_jax.memory.borrower import Borrower
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.mapping import Mapper
 
 if TYPE_CHECKING:
     from aqua_jax.memory.client import Client
@@ -47,7 +48,8 @@ class LenderSource:
     """
 
     def __init__(
-        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+        self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE,
+        mappers: dict[str, Mapper] | None = None,
     ) -> None:
         """
         Args:
@@ -55,8 +57,10 @@ class LenderSource:
           name: shown in the lender's status lines.
           timeout_s: for each question to the lender.
           unit: bytes that must be in one piece to be of use.
+          mappers: for devices' memory, by kind.
         """
         self._path, self._name, self._timeout_s, self._unit = path, name, timeout_s, unit
+        self._mappers = mappers
         self._closed = False
         self._borrower = self._connect()
         # Earlier connections, and what is left of their leases.
@@ -64,7 +68,9 @@ class LenderSource:
         self._leases: list[Lease] = []
 
     def _connect(self) -> Borrower:
-        return Borrower(self._path, name=self._name, timeout_s=self._timeout_s)
+        return Borrower(
+            self._path, name=self._name, timeout_s=self._timeout_s, mappers=self._mappers
+        )
 
     def borrow(self, size: int) -> Sequence[Lease]:
         """A lease of at most `size` bytes, as much as the lender has in one piece.
@@ -126,7 +132,7 @@ class CoordinatorSource:
 
     def __init__(
         self, path: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE,
-        client: Client | None = None,
+        client: Client | None = None, domain: str = "", mappers: dict[str, Mapper] | None = None,
     ) -> None:
         """
         Args:
@@ -135,11 +141,14 @@ class CoordinatorSource:
           timeout_s: for each question to the coordinator.
           unit: bytes that must be in one piece to be of use.
           client: connected there, the caller's; what it lends is not borrowed. None: one's own.
+          domain: where this process is; near memory is lent first.
+          mappers: for devices' memory, by kind.
         """
         from aqua_jax.memory.client import Client  # gRPC, which a lender alone doesn't need
 
         self._unit, self._shared = unit, client is not None
-        self._client = client or Client(path, name=name, timeout_s=timeout_s)
+        self._client = client or Client(path, name=name, domain=domain, timeout_s=timeout_s)
+        self._client.mappings.mappers.update(mappers or {})
 
     def borrow(self, size: int) -> Sequence[Lease]:
         """Leases of at most `size` bytes in all, as much as there is and the quota allows.
@@ -163,7 +172,8 @@ class CoordinatorSource:
 
 
 def connect(
-    socket: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE
+    socket: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE, domain: str = "",
+    mappers: dict[str, Mapper] | None = None,
 ) -> LeaseSource:
     """A source of leases at a socket, a coordinator's or a lender's.
 
@@ -172,6 +182,8 @@ def connect(
       name: shown to people, and in quotas.
       timeout_s: for each question.
       unit: bytes that must be in one piece to be of use.
+      domain: where this process is; a coordinator lends near memory first.
+      mappers: for devices' memory, by kind.
 
     Raises:
       LenderError: nobody answers there.
@@ -182,5 +194,7 @@ def connect(
     with contextlib.suppress(LenderError):
         # Only a coordinator has a second socket beside the first, for descriptors.
         sockets.connect(sockets.door_of(socket), timeout_s, SOCK_SEQPACKET).close()
-        return CoordinatorSource(socket, name=name, timeout_s=timeout_s, unit=unit)
-    return LenderSource(socket, name=name, timeout_s=timeout_s, unit=unit)
+        return CoordinatorSource(
+            socket, name=name, timeout_s=timeout_s, unit=unit, domain=domain, mappers=mappers
+        )
+    return LenderSource(socket, name=name, timeout_s=timeout_s, unit=unit, mappers=mappers)

@@ -209,12 +209,19 @@ def _lender_families(paging: Mapping[str, Any]) -> Iterator[Metric]:
         "aqua_lender_bytes", "Bytes moved to lenders' memory and back.",
         labels=["lender", "direction"],
     )
+    memory = GaugeMetricFamily(
+        "aqua_lender_memory", "1 for each lender there is: kind of memory, how it is shared.",
+        labels=["lender", "kind", "shared_by"],
+    )
     for store in paging.get("stores", ()):
         for lender in store.get("lenders", ()):
             for state in ("in_use", "capacity", "wanted"):
                 pages.add_metric([lender["lender"], state], lender[state])
             for direction in ("out", "in"):
                 moved.add_metric([lender["lender"], direction], lender[f"bytes_{direction}"])
+            if lender.get("kind"):
+                memory.add_metric([lender["lender"], lender["kind"], lender["shared_by"]], 1)
+    yield memory
     yield pages
     yield moved
 
