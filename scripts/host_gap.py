@@ -54,15 +54,16 @@ def _device_steps(engine: Engine, batch: int) -> float:
     sample = runner.programs.sample(rows, SampleVariant())
     layout = SampleBatch.layout(rows)
     parameters = np.zeros(layout.size, np.int32)
-    views = SampleBatch.host_views(parameters, layout)
+    views = layout.views(parameters)
     views["counts"][0] = batch
-    views["slots"][:] = runner._spec.sequences  # nowhere: the engine's last tokens stay
+    nowhere = SampleBatch.columns(views["rows"])["slots"]
+    nowhere[:] = runner._spec.sequences  # the engine's last tokens stay
     started = time.perf_counter()
     for _ in range(_STEPS.value):
         runner._kv, picked, _ = forward(
             runner._params, runner._kv, vector, runner._last_tokens, runner._spaces
         )
-        _, packed = sample(runner._params, picked, parameters, runner._last_tokens, None)
+        _, packed = sample(runner._head, picked, parameters, runner._last_tokens, None)
     packed.block_until_ready()
     return (time.perf_counter() - started) / _STEPS.value
 

@@ -42,7 +42,21 @@ class VectorLayout:
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of a host vector, by field name."""
-        return {name: vector[s].reshape(shape) for name, (s, shape) in self.slices.items()}
+        return {name: self.view(vector, name) for name in self.slices}
+
+    def view(self, vector: np.ndarray, name: str) -> np.ndarray:
+        """A writable view of one field of a host vector."""
+        place, shape = self.slices[name]
+        return vector[place].reshape(shape)
+
+    def fill(self, vector: np.ndarray, *values: list[int]) -> None:
+        """Writes the first fields of a host vector, padded with zeros: one conversion in all, for
+        between two steps each NumPy call finds its code out of the caches and takes some 8 us."""
+        flat: list[int] = []
+        for (place, _), value in zip(self.slices.values(), values, strict=False):
+            flat += value
+            flat += [0] * (place.stop - len(flat))
+        vector[: len(flat)] = flat
 
     def unpack(self, vector: jax.Array) -> Iterator[tuple[str, jax.Array]]:
         """Fields of a device vector, by name (traced slices)."""
@@ -65,25 +79,28 @@ class MoveVector:
         return VectorLayout(MoveVector.fields(max_moves))
 
     @staticmethod
-    def write(views: dict[str, np.ndarray], moves: np.ndarray, head: np.ndarray) -> None:
+    def write(
+        layout: VectorLayout, vector: np.ndarray, moves: np.ndarray, head: np.ndarray
+    ) -> None:
         """Puts moves i32[n, MOVE_WORDS] and their head i32[3] into a fresh vector.
 
         Raises:
           ValueError: n > N.
         """
-        if len(moves) > len(views["moves"]):
+        room = layout.view(vector, "moves")
+        if len(moves) > len(room):
             raise ValueError(
-                f"page moves: got {len(moves)}; allowed: at most {len(views['moves'])} in one step"
+                f"page moves: got {len(moves)}; allowed: at most {len(room)} in one step"
             )
-        views["moves"][: len(moves)] = moves
-        views["move_head"][:] = head
+        room[: len(moves)] = moves
+        layout.view(vector, "move_head")[:] = head
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "counts", "tokens", "positions", "prompt_lens", "query_starts", "kv_lens",
-        "page_table", "copy_sources", "copy_targets", "sample_rows", "move_head", "moves",
+        "sample_rows", "page_table", "copy_sources", "copy_targets", "move_head", "moves",
     ],
     meta_fields=[],
 )
@@ -97,10 +114,10 @@ class ForwardBatch:
     prompt_lens: jax.Array  # i32[T]: prompt length of the token's sequence
     query_starts: jax.Array  # i32[S+1]: first flat row of each sequence; then the total
     kv_lens: jax.Array  # i32[S]: tokens in the cache after this step
+    sample_rows: jax.Array  # i32[S]: flat row of each token to sample; 0 past the valid ones
     page_table: jax.Array  # i32[S, M]: pool pages of each sequence, in order
     copy_sources: jax.Array  # i32[S]: pages to copy before anything else (copy on write)
     copy_targets: jax.Array  # i32[S]
-    sample_rows: jax.Array  # i32[S]: flat row of each token to sample; 0 past the valid ones
     move_head: jax.Array  # i32[3]: `ops.moves.MoveBatch.head`; all 0: nothing moves
     moves: jax.Array  # i32[N, MOVE_WORDS]: pages to hand to the copy queue, before all else
 
@@ -113,9 +130,10 @@ class ForwardBatch:
         return VectorLayout({
             "counts": (3,), "tokens": (tokens,), "positions": (tokens,),
             "prompt_lens": (tokens,), "query_starts": (sequences + 1,),
-            "kv_lens": (sequences,), "page_table": (sequences, table_width),
+            "kv_lens": (sequences,), "sample_rows": (sequences,),
+            "page_table": (sequences, table_width),
             "copy_sources": (sequences,), "copy_targets": (sequences,),
-            "sample_rows": (sequences,), **MoveVector.fields(max_moves),
+            **MoveVector.fields(max_moves),
         })
 
     @staticmethod
@@ -153,37 +171,42 @@ class SampleBatch:
     history_lens: jax.Array  # i32[R]: known tokens (prompt and output) before this one
     prompt_lens: jax.Array  # i32[R]
 
-    _FLOATS = (
-        "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
-        "repetition_penalty",
-    )
-
     @staticmethod
     @functools.cache
     def layout(rows: int) -> VectorLayout:
-        """Layout of the packed vector for R `rows`; floats travel as their bits."""
-        r = (rows,)
-        return VectorLayout({
-            "counts": (1,), "slots": r, "temperature": r, "top_k": r, "top_p": r, "min_p": r,
-            "key_data": (rows, 2), "sample_index": r, "token_index": r,
-            "banned": (rows, BANNED_TOKENS), "presence_penalty": r, "frequency_penalty": r,
-            "repetition_penalty": r, "history_lens": r, "prompt_lens": r,
-        })
+        """Layout of the packed vector for R `rows`, row by row: so the host takes the rows it wants
+        from a table by slot at once. Floats travel as their bits."""
+        return VectorLayout({"counts": (1,), "rows": (rows, SAMPLE_WORDS)})
+
+    @staticmethod
+    def columns(rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views of i32[N, SAMPLE_WORDS] by field name, with the fields' own dtypes."""
+        views = {name: rows[:, place] for name, place in SAMPLE_COLUMNS.items()}
+        for name in _SAMPLE_FLOATS:
+            views[name] = views[name].view(np.float32)
+        views["key_data"] = views["key_data"].view(np.uint32)
+        return views
 
     @staticmethod
     def unpack(vector: jax.Array, layout: VectorLayout) -> SampleBatch:
         """Cut the fields out of a packed vector, inside jit."""
-        fields = dict(layout.unpack(vector))
-        for name in SampleBatch._FLOATS:
+        packed = dict(layout.unpack(vector))
+        rows = packed["rows"]
+        fields = {name: rows[:, place] for name, place in SAMPLE_COLUMNS.items()}
+        for name in _SAMPLE_FLOATS:
             fields[name] = jax.lax.bitcast_convert_type(fields[name], jnp.float32)
         fields["key_data"] = jax.lax.bitcast_convert_type(fields["key_data"], jnp.uint32)
-        return SampleBatch(**fields)
+        return SampleBatch(counts=packed["counts"], **fields)
 
-    @staticmethod
-    def host_views(vector: np.ndarray, layout: VectorLayout) -> dict[str, np.ndarray]:
-        """Writable views of a host vector with the fields' own dtypes."""
-        views = layout.views(vector)
-        for name in SampleBatch._FLOATS:
-            views[name] = views[name].view(np.float32)
-        views["key_data"] = views["key_data"].view(np.uint32)
-        return views
+
+# Where a row of the packed vector has each field of `SampleBatch`: the word, or several.
+SAMPLE_COLUMNS: dict[str, int | slice] = {
+    "slots": 0, "temperature": 1, "top_k": 2, "top_p": 3, "min_p": 4, "sample_index": 5,
+    "token_index": 6, "presence_penalty": 7, "frequency_penalty": 8, "repetition_penalty": 9,
+    "history_lens": 10, "prompt_lens": 11, "key_data": slice(12, 14),
+    "banned": slice(14, 14 + BANNED_TOKENS),
+}
+_SAMPLE_FLOATS = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+)
+SAMPLE_WORDS = 14 + BANNED_TOKENS

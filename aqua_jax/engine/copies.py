@@ -67,12 +67,12 @@ class SlotMemory:
         for segment in self._segments:
             segment.retire(abandon=abandon)
 
-    def places(self, offsets: Sequence[int]) -> Iterator[tuple[Segment, np.ndarray]]:
+    def places(self, offsets: Sequence[int]) -> Iterator[tuple[Segment, list[int]]]:
         """For each device: its segment, and where in it are its parts of the slots that start at
         `offsets` of the store."""
-        slots = np.asarray(offsets, np.int64) // self._slot_bytes
+        slots = [offset // self._slot_bytes for offset in offsets]
         for segment, stride, place in self._layout:
-            yield segment, slots * stride + place
+            yield segment, [slot * stride + place for slot in slots]
 
 
 class PoolCopies:
@@ -126,8 +126,10 @@ class PoolCopies:
           one's that isn't DONE; and u64[n, N] checksums (0 where none was computed).
         """
         each, sums = copy_queue.poll(tickets.reshape(-1))
-        each, sums = each.reshape(tickets.shape), sums.reshape(tickets.shape)
-        statuses, *others = each.T
+        sums = sums.reshape(tickets.shape)
+        if tickets.shape[1] == 1:
+            return each, sums
+        statuses, *others = each.reshape(tickets.shape).T
         for later in others:
             pending = (statuses == Status.PENDING) | (later == Status.PENDING)
             worse = np.where(statuses == Status.DONE, later, statuses)
@@ -150,19 +152,19 @@ class Batch:
 
         Otherwise as `ops.moves.MoveBatch.copy_out`; `part` is of one device's page.
         """
-        return np.stack([
+        return _side_by_side([
             batch.copy_out(pages, segment, places, part=part, checksum=checksum)
             for batch, (segment, places) in zip(
                 self._batches, memory.places(offsets), strict=True
             )
-        ], axis=1)
+        ])
 
     def copy_in(
         self, pages: Sequence[int], memory: SlotMemory, offsets: Sequence[int], part: Part,
         *, checksums: Sequence[int] | None,
     ) -> np.ndarray:
         """The way back, compared with `numbers` of the checksums of the way out, if given."""
-        return np.stack([
+        return _side_by_side([
             batch.copy_in(
                 pages, segment, places, part=part,
                 checksums=None if checksums is None else _digits(checksums, device),
@@ -170,13 +172,18 @@ class Batch:
             for device, (batch, (segment, places)) in enumerate(
                 zip(self._batches, memory.places(offsets), strict=True)
             )
-        ], axis=1)
+        ])
 
     def packed(self) -> tuple[np.ndarray, np.ndarray]:
         """i32[n, MOVE_WORDS] and a head i32[3]; for N > 1 devices [N, n, MOVE_WORDS] and [N, 3]."""
         moves = [batch.moves()[: batch.count] for batch in self._batches]
         heads = [batch.head() for batch in self._batches]
         return (moves[0], heads[0]) if len(moves) == 1 else (np.stack(moves), np.stack(heads))
+
+
+def _side_by_side(tickets: list[np.ndarray]) -> np.ndarray:
+    """u64[n, N] of N times u64[n]."""
+    return tickets[0][:, None] if len(tickets) == 1 else np.stack(tickets, axis=1)
 
 
 def numbers(checksums: np.ndarray) -> list[int]:

@@ -200,9 +200,9 @@ class Engine:
         waited = self._waited_s
         outputs, self._ended = self._ended, []
         try:
-            self.tend()
             if self._pager is not None and self._pending:
                 self._pager.linger(self._scheduler.costs.patience_s)
+            self.tend()
             plan = self._scheduler.plan(time.monotonic())
             record = None
             if plan is not None:

@@ -42,11 +42,9 @@ Copy = Callable[[Shift], None]
 
 # Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
 _NAP_S = 100e-6
-# The same while a step runs: a look takes the host 0.1 ms, and a sequence's pages more than that.
-_LONG_NAP_S = 500e-6
 _NANO = 1e-9
 _NAMES = {status.value: status.name for status in Status}
-_DONE = Status.DONE.name
+_PENDING, _DONE = int(Status.PENDING), Status.DONE.name
 # Climbing: bytes on their way at a time, seconds that lenders have wanted nothing before, and
 # between two looks when nothing could climb.
 _CLIMB_BYTES, _CALM_S, _REST_S = 8 << 20, 1.0, 0.01
@@ -145,6 +143,7 @@ class Pager:
         self._under_way: list[Move] = []
         self._refused: list[tuple[Move, str]] = []  # never handed over; reported by `poll`
         self._before = self._last = copy_queue.counters()
+        self._finished = -1  # `copy_queue.finished` at the last look at tickets
         self._failed: collections.Counter[str] = collections.Counter()
         self._bytes_out = self._bytes_in = 0
         self.wait_s = self.linger_s = 0.0
@@ -235,20 +234,26 @@ class Pager:
                 self._report(move, why, None)
         if not self._under_way:
             return ended
-        statuses, checksums = PoolCopies.poll(self._tickets)
-        if not statuses.any():  # all are PENDING
+        finished = copy_queue.finished()
+        if finished == self._finished:
             return ended
-        moves, left = self._under_way, statuses == Status.PENDING
-        self._tickets = self._tickets[left]
-        self._under_way = list(itertools.compress(moves, left.tolist()))
-        for move, status, checksum in zip(
-            moves, statuses.tolist(), numbers(checksums), strict=True
-        ):
-            if status:
+        self._finished = finished
+        statuses, sums = PoolCopies.poll(self._tickets)
+        checksums = numbers(sums) if self._verify else itertools.repeat(None)
+        moves, self._under_way = self._under_way, []
+        left: list[int] = []
+        ends = zip(moves, statuses.tolist(), checksums, strict=False)
+        for index, (move, status, checksum) in enumerate(ends):
+            if status == _PENDING:
+                left.append(index)
+                self._under_way.append(move)
+            else:
                 self._report(move, _NAMES[status], checksum)
-        self._observe_copies()
-        self._tell_delay()
-        return ended + len(moves) - len(self._under_way)
+        if len(left) < len(moves):
+            self._tickets = self._tickets[left]
+            self._observe_copies()
+            self._tell_delay()
+        return ended + len(moves) - len(left)
 
     def _observe_copies(self) -> None:
         if self._observe is None:
@@ -261,7 +266,7 @@ class Pager:
     def _report(self, move: Move, status: str, checksum: int | None) -> None:
         store = move.store
         ok = status == _DONE
-        if ok and (store.lost or (move.inward and not store.holds(move.slot))):
+        if ok and not (store.holds(move.slot) if move.inward else not store.lost):
             # What was copied may not be what the slot held: its owner had it back meanwhile.
             ok, status = False, "STORE_LOST" if store.lost else "SLOT_STALE"
         if ok:
@@ -315,21 +320,18 @@ class Pager:
             self._borrowing.drop(store)
 
     def linger(self, limit_s: float) -> None:
-        """Gives moves into the pool a moment more, so that what they bring joins the next step.
+        """Gives moves into the pool a moment more, so that what they bring joins the next step;
+        `poll` then says which.
 
         They began with the step that runs now, so a plan made at once would miss them by a
         millisecond, and a sequence would sit out a whole step. `limit_s` must be well below what is
         left of that step: the device never waits for this. The time counts as `linger_s`.
         """
-        started, nap = time.perf_counter(), _LONG_NAP_S
-        while any(move.inward for move in self._under_way):
-            left = limit_s - (time.perf_counter() - started)
-            if left <= 0.0:
-                break
-            time.sleep(min(nap, left))
-            self.poll()
-            nap *= 2.0  # so that looks, beside a step that wants the cores, stay few
-        self.linger_s += time.perf_counter() - started
+        arriving = [index for index, move in enumerate(self._under_way) if move.inward]
+        if arriving and limit_s > 0.0:
+            started = time.perf_counter()
+            copy_queue.wait(self._tickets[arriving].reshape(-1), limit_s)
+            self.linger_s += time.perf_counter() - started
 
     def wait(self, timeout_s: float) -> int:
         """Waits until some move has ended, at most `timeout_s`; reports and counts as `poll`.

@@ -87,6 +87,9 @@ class Programs:
         """
         self._graphdef, self._spec, self.shards = graphdef, spec, shards
         self.names = tuple(params)
+        # What logits are made with. Passing all parameters costs the host 1 us each, unused or not.
+        head = "lm_head." if any(name.startswith("lm_head.") for name in params) else "embed."
+        self.head_names = tuple(name for name in params if name.startswith(head))
         self._hidden_size = params["norm.scale"].shape[0]
         self._params = tuple(self._shape_of(array) for array in params.values())
         self._kv = self._shape_of(kv)
@@ -102,6 +105,11 @@ class Programs:
 
     def _model(self, params: Leaves) -> Decoder:
         return merge(self._graphdef, dict(zip(self.names, params, strict=True)))
+
+    def _head(self, head: Leaves) -> Decoder:
+        """A model that has only what `Decoder.logits` asks for."""
+        leaves: dict[str, Any] = dict(zip(self.names, self._params, strict=True))
+        return merge(self._graphdef, leaves | dict(zip(self.head_names, head, strict=True)))
 
     def _rows(self, counts: jax.Array) -> jax.Array | None:
         return counts[:1] if self._spec.counts_rows else None
@@ -149,19 +157,19 @@ class Programs:
         return kv, hidden[batch.sample_rows], hidden
 
     def _sample(
-        self, rows: int, variant: SampleVariant, params: Leaves, picked: jax.Array,
+        self, rows: int, variant: SampleVariant, head: Leaves, picked: jax.Array,
         vector: jax.Array, last_tokens: jax.Array, history: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         batch = SampleBatch.unpack(vector, SampleBatch.layout(rows))
         with jax.named_scope("logits"):
-            logits = self._model(params).logits(
+            logits = self._head(head).logits(
                 picked[:rows], rows=self._rows(batch.counts), shards=self.shards
             )
         with jax.named_scope("sample"):
             return sample(logits, batch, last_tokens, history, variant)
 
     def _prompt_logprobs(
-        self, params: Leaves, hidden: jax.Array, targets: jax.Array
+        self, head: Leaves, hidden: jax.Array, targets: jax.Array
     ) -> jax.Array:
         """hidden f32[T, d], targets i32[T] -> i32[T, W] (see `pack_logprobs`), block by block."""
         tokens = hidden.shape[0]
@@ -170,7 +178,7 @@ class Programs:
         pad = blocks * block - tokens
         hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, block, -1)
         targets = jnp.pad(targets, (0, pad)).reshape(blocks, block)
-        model = self._model(params)
+        model = self._head(head)
         packed = jax.lax.map(
             lambda x: pack_logprobs(model.logits(x[0], shards=self.shards), x[1]),
             (hidden, targets),
@@ -192,11 +200,11 @@ class Programs:
         return self._get(("forward", tokens))
 
     def sample(self, rows: int, variant: SampleVariant) -> jax.stages.Compiled:
-        """Compiled `(params, picked, vector, last_tokens, history) -> (last_tokens, packed)`."""
+        """Compiled `(head, picked, vector, last_tokens, history) -> (last_tokens, packed)`."""
         return self._get(("sample", rows, variant))
 
     def prompt_logprobs(self, tokens: int) -> jax.stages.Compiled:
-        """Compiled `(params, hidden, targets) -> packed`."""
+        """Compiled `(head, hidden, targets) -> packed`."""
         return self._get(("prompt_logprobs", tokens))
 
     def moves(self) -> jax.stages.Compiled:
@@ -277,6 +285,10 @@ class Programs:
         """A program's function, the shapes of its arguments, and which of them it consumes."""
         spec, shards = self._spec, self.shards
         hidden_size = self._hidden_size
+        head = tuple(
+            shape for name, shape in zip(self.names, self._params, strict=True)
+            if name in self.head_names
+        )
         function: Callable[..., Any]
         args: tuple[Any, ...]
         outputs: Any = (EVERYWHERE, EVERYWHERE)
@@ -297,13 +309,13 @@ class Programs:
             function = functools.partial(self._sample, rows, variant)
             history = self._shape((rows, spec.history_width)) if variant.edits else None
             args = (
-                self._params, self._shape((spec.sequences, hidden_size), jnp.float32),
+                head, self._shape((spec.sequences, hidden_size), jnp.float32),
                 self._shape((SampleBatch.layout(rows).size,)), last, history,
             )
         else:
             function, outputs = self._prompt_logprobs, EVERYWHERE
             args = (
-                self._params, self._shape((key[1], hidden_size), jnp.float32),
+                head, self._shape((key[1], hidden_size), jnp.float32),
                 self._shape((key[1],)),
             )
         if shards is not None:

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aqua_jax.engine.batch import MoveVector, SampleBatch, VectorLayout
+from aqua_jax.engine.batch import (
+    SAMPLE_COLUMNS,
+    SAMPLE_WORDS,
+    MoveVector,
+    SampleBatch,
+    VectorLayout,
+)
 from aqua_jax.engine.pager import Pager
 from aqua_jax.engine.programs import Params, Programs, StepSpec
 from aqua_jax.engine.request import Request, Sample
@@ -25,6 +31,7 @@ from aqua_jax.ops.spaces import Spaces
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.sequence import Sequence
 
+_COMMON = SampleVariant()  # of most steps
 Lookup = Callable[[Sequence], tuple[Request, Sample]]  # of a live, scheduled sequence
 
 
@@ -55,13 +62,23 @@ class StepRecord:
 
 
 class SlotState:
-    """Sampling parameters and page tables of resident sequences, by slot (host arrays)."""
+    """Sampling parameters and page tables of resident sequences, by slot (host arrays).
+
+    Attributes:
+      rows: i32[slots, SAMPLE_WORDS], as sampling takes them but for what changes with each token.
+      sampling: the same as views by field name.
+      page_table: i32[slots, M].
+      rare: slots that need more than the common sampling program: penalties, `min_tokens`, log
+        probabilities.
+      prompt_logprobs: slots whose prompts' log probabilities are wanted.
+    """
 
     def __init__(self, slots: int, table_width: int, lookup: Lookup):
-        self.sampling = SampleBatch.host_views(
-            np.zeros(SampleBatch.layout(slots).size, np.int32), SampleBatch.layout(slots)
-        )
+        self.rows = np.zeros((slots, SAMPLE_WORDS), np.int32)
+        self.sampling = SampleBatch.columns(self.rows)
         self.page_table = np.full((slots, table_width), -1, np.int32)
+        self.rare: set[int] = set()
+        self.prompt_logprobs: set[int] = set()
         self.min_tokens = np.zeros(slots, np.int32)  # 0 where no id is held back until then
         self.penalised = np.zeros(slots, bool)
         self.logprobs = np.zeros(slots, bool)
@@ -69,17 +86,20 @@ class SlotState:
         self._owner = [(-1, -1)] * slots  # (seq_id, epoch)
         self._filled = [0] * slots
 
-    def refresh(self, sequence: Sequence) -> None:
-        """Bring the slot of a scheduled sequence up to date: O(new pages)."""
-        slot = sequence.slot
-        if self._owner[slot] != (sequence.seq_id, sequence.epoch):
-            self._owner[slot] = (sequence.seq_id, sequence.epoch)
-            self._filled[slot] = 0
-            self._fill_sampling(slot, *self._lookup(sequence))
-        filled, pages = self._filled[slot], sequence.pages
-        if filled < len(pages):
-            self.page_table[slot, filled : len(pages)] = [handle.id for handle in pages[filled:]]
-            self._filled[slot] = len(pages)
+    def refresh(self, chunks: Sequence_[Chunk]) -> None:
+        """Bring the slots of scheduled sequences up to date: O(chunks and new pages)."""
+        owner, filled = self._owner, self._filled
+        for chunk in chunks:
+            sequence = chunk.sequence
+            slot, pages = sequence.slot, sequence.pages
+            if owner[slot] != (sequence.seq_id, sequence.epoch):
+                owner[slot] = (sequence.seq_id, sequence.epoch)
+                filled[slot] = 0
+                self._fill_sampling(slot, *self._lookup(sequence))
+            have, now = filled[slot], len(pages)
+            if have < now:
+                self.page_table[slot, have:now] = [handle.id for handle in pages[have:]]
+                filled[slot] = now
 
     def refill(self, slot: int) -> None:
         """The pages of a slot's sequence are others now."""
@@ -102,6 +122,14 @@ class SlotState:
         self.min_tokens[slot] = params.min_tokens if sample.banned else 0
         self.penalised[slot] = params.penalised
         self.logprobs[slot] = params.logprobs is not None
+        rare = bool(sample.banned) or params.penalised or params.logprobs is not None
+        _mark(self.rare, slot, rare)
+        prompted = params.prompt_logprobs is not None and sample.output.index == 0
+        _mark(self.prompt_logprobs, slot, prompted)
+
+
+def _mark(slots: set[int], slot: int, member: bool) -> None:
+    (slots.add if member else slots.discard)(slot)
 
 
 class Runner:
@@ -124,6 +152,7 @@ class Runner:
         """
         self.programs, self._spec = programs, spec
         self._params = tuple(params[name] for name in programs.names)
+        self._head = tuple(params[name] for name in programs.head_names)
         self._make_kv, self._kv = make_kv, kv
         self._lookup, self._pager = lookup, pager
         # On the device once: it never changes, so that no step transfers it.
@@ -175,12 +204,12 @@ class Runner:
         shards = self.programs.shards
         if shards is None:
             if packed_moves is not None:
-                MoveVector.write(layout.views(vector), *packed_moves)
+                MoveVector.write(layout, vector, *packed_moves)
             return vector
         vectors = np.tile(vector, (shards.size, 1))
         if packed_moves is not None:
             for own, moves, head in zip(vectors, *packed_moves, strict=True):
-                MoveVector.write(layout.views(own), moves, head)
+                MoveVector.write(layout, own, moves, head)
         return vectors
 
     @staticmethod
@@ -204,7 +233,7 @@ class Runner:
     def close(self) -> None:
         """Drop device memory; `fence` first."""
         self._kv = None  # type: ignore[assignment]
-        self._params = ()
+        self._params = self._head = ()
 
     @property
     def kv(self) -> jax.Array:
@@ -218,67 +247,64 @@ class Runner:
         bucket = spec.buckets.token_bucket(plan.num_tokens)
         layout = spec.forward_layout(bucket)
         vector = np.zeros(layout.size, np.int32)
-        views = layout.views(vector)
-        # Lists first, one conversion at the end, instead of NumPy item assignments per sequence.
+        self._slots.refresh(chunks)
         tokens: list[int] = []
         positions: list[int] = []
+        prompt_lens: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
-        for chunk in chunks:
-            sequence, start, count = chunk.sequence, chunk.start, chunk.count
-            self._slots.refresh(sequence)
+        sample_rows: list[int] = []
+        slots: list[int] = []
+        for sequence, start, count, sample in chunks:
+            slot, known, end = sequence.slot, sequence.tokens, start + count
+            slots.append(slot)
             starts.append(len(tokens))
-            ends.append(start + count)
-            known = sequence.tokens
-            if start + count <= len(known):
-                tokens += known[start : start + count]
+            ends.append(end)
+            if end <= len(known):
+                tokens += known[start:end]
             else:  # the last one is still on the device, under its slot
                 tokens += known[start:]
-                tokens.append(-1 - sequence.slot)
-            positions += range(start, start + count)
-            views["prompt_lens"][starts[-1] : len(tokens)] = sequence.prompt_len
-        rows = len(tokens)
-        views["tokens"][:rows] = tokens
-        views["positions"][:rows] = positions
-        views["query_starts"][: len(chunks)] = starts
-        views["query_starts"][len(chunks) :] = rows
-        views["kv_lens"][: len(chunks)] = ends
-        sampled = [i for i, chunk in enumerate(chunks) if chunk.sample]
-        views["sample_rows"][: len(sampled)] = views["query_starts"][1:][sampled] - 1
-        slots = [chunk.sequence.slot for chunk in chunks]
-        views["page_table"][: len(chunks)] = self._slots.page_table[slots]
-        for index, (source, target) in enumerate(plan.copies):
-            views["copy_sources"][index] = source
-            views["copy_targets"][index] = target
-        views["counts"][:] = (rows, len(chunks), len(plan.copies))
+                tokens.append(-1 - slot)
+            positions += range(start, end)
+            prompt_lens += [sequence.prompt_len] * count
+            if sample:
+                sample_rows.append(len(tokens) - 1)
+        starts += [len(tokens)] * (spec.sequences + 1 - len(chunks))
+        counts = [len(tokens), len(chunks), len(plan.copies)]
+        layout.fill(vector, counts, tokens, positions, prompt_lens, starts, ends, sample_rows)
+        layout.view(vector, "page_table")[: len(chunks)] = self._slots.page_table[slots]
+        if plan.copies:
+            sources, targets = zip(*plan.copies, strict=True)
+            layout.view(vector, "copy_sources")[: len(sources)] = sources
+            layout.view(vector, "copy_targets")[: len(targets)] = targets
         return self._for_devices(vector, layout, packed_moves), bucket
 
     def _sample(self, sampled: Sequence_[Chunk], picked: jax.Array) -> jax.Array:
-        spec, by_slot = self._spec, self._slots
+        spec, by_slot, column = self._spec, self._slots, SAMPLE_COLUMNS
         bucket = spec.buckets.row_bucket(len(sampled))
         layout = SampleBatch.layout(bucket)
         vector = np.zeros(layout.size, np.int32)
-        views = SampleBatch.host_views(vector, layout)
+        rows = layout.view(vector, "rows")
         slots = [chunk.sequence.slot for chunk in sampled]
-        count = len(slots)
-        for name, values in by_slot.sampling.items():
-            if name not in ("counts", "token_index", "history_lens"):
-                views[name][:count] = values[slots]
-        views["counts"][0] = count
-        views["slots"][count:] = spec.sequences
+        vector[0] = count = len(slots)
+        rows[:count] = by_slot.rows[slots]
+        rows[count:, column["slots"]] = spec.sequences
+        rows[count:, column["banned"]] = -1
         before = np.array([chunk.start + chunk.count for chunk in sampled], np.int32)
-        views["history_lens"][:count] = before
-        views["token_index"][:count] = before - views["prompt_lens"][:count]
-        holds_back = views["token_index"][:count] < by_slot.min_tokens[slots]
-        views["banned"][:count][~holds_back] = -1
-        views["banned"][count:] = -1
-        variant = SampleVariant(
-            edits=bool(holds_back.any() or by_slot.penalised[slots].any()),
-            logprobs=bool(by_slot.logprobs[slots].any()),
-        )
-        history = self._history(sampled, bucket) if variant.edits else None
+        rows[:count, column["history_lens"]] = before
+        index = before - rows[:count, column["prompt_lens"]]
+        rows[:count, column["token_index"]] = index
+        variant, history = _COMMON, None
+        if not by_slot.rare.isdisjoint(slots):
+            holds_back = index < by_slot.min_tokens[slots]
+            rows[:count, column["banned"]][~holds_back] = -1
+            variant = SampleVariant(
+                edits=bool(holds_back.any() or by_slot.penalised[slots].any()),
+                logprobs=bool(by_slot.logprobs[slots].any()),
+            )
+            history = self._history(sampled, bucket) if variant.edits else None
         self._last_tokens, packed = self.programs.sample(bucket, variant)(
-            self._params, picked, vector, self._last_tokens, history
+            self._head, picked, vector, self._last_tokens, history
         )
         return packed
 
@@ -294,13 +320,16 @@ class Runner:
     def _prompt_logprobs(
         self, plan: Plan, hidden: jax.Array, bucket: int
     ) -> tuple[tuple[PromptRows, ...], jax.Array | None]:
+        asking = self._slots.prompt_logprobs
+        if not asking:  # most of the time
+            return (), None
         wanted: list[PromptRows] = []
         targets = None
         row = 0
         for chunk in plan.chunks:
             sequence = chunk.sequence
             count = min(chunk.count, sequence.prompt_len - 1 - chunk.start)
-            if count > 0 and self._wants_prompt_logprobs(sequence):
+            if count > 0 and sequence.slot in asking:
                 if targets is None:
                     targets = np.zeros(bucket, np.int32)
                 first = chunk.start + 1
@@ -310,8 +339,4 @@ class Runner:
         if targets is None:
             return (), None
         program = self.programs.prompt_logprobs(bucket)
-        return tuple(wanted), program(self._params, hidden, targets)
-
-    def _wants_prompt_logprobs(self, sequence: Sequence) -> bool:
-        request, sample = self._lookup(sequence)
-        return request.params.prompt_logprobs is not None and sample.output.index == 0
+        return tuple(wanted), program(self._head, hidden, targets)

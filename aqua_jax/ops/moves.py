@@ -36,6 +36,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import enum
+import struct
 import threading
 from collections.abc import Sequence
 
@@ -52,6 +53,8 @@ MOVE = np.dtype([
     ("offset", "<u8"), ("begin", "<i4"), ("bytes", "<i4"), ("runs", "<i4"), ("stride", "<i4"),
     ("ticket", "<u8"), ("checksum", "<u8"),
 ])
+# The same, written one by one: few moves are there sooner so than by column.
+_MOVE = struct.Struct("<iiiIQiiiiQQ")
 MOVE_WORDS = MOVE.itemsize // 4  # K of moves i32[N, K]
 FLAG_IN, FLAG_CHECKSUM = 1, 2
 # How many of the newest tickets keep their result.
@@ -183,19 +186,18 @@ class MoveBatch:
 
     Attributes:
       count: moves in it.
-      records: MOVE[capacity], the first `count` of them filled.
     """
 
     def __init__(self, capacity: int, pool: MovePool):
         """An empty batch for at most `capacity` (N) moves of `pool`."""
-        self.records = np.zeros(capacity, MOVE)
-        self.count = 0
+        self._records = bytearray(capacity * _MOVE.size)
+        self._capacity, self.count = capacity, 0
         self._pool = pool
 
     @property
     def room(self) -> int:
         """How many more moves fit."""
-        return len(self.records) - self.count
+        return self._capacity - self.count
 
     def copy_out(
         self, pages: Sequence[int] | np.ndarray, segment: Segment,
@@ -217,7 +219,7 @@ class MoveBatch:
           StaleHandleError: segment or pool is gone.
           ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
         """
-        return self._add(FLAG_CHECKSUM * checksum, pages, segment, offsets, part, 0)
+        return self._add(FLAG_CHECKSUM * checksum, pages, segment, offsets, part, None)
 
     def copy_in(
         self, pages: Sequence[int] | np.ndarray, segment: Segment,
@@ -242,26 +244,25 @@ class MoveBatch:
           ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
         """
         if checksums is None:
-            return self._add(FLAG_IN, pages, segment, offsets, part, 0)
+            return self._add(FLAG_IN, pages, segment, offsets, part, None)
         return self._add(FLAG_IN | FLAG_CHECKSUM, pages, segment, offsets, part, checksums)
 
     def _add(
         self, flags: int, pages: Sequence[int] | np.ndarray, segment: Segment,
-        offsets: Sequence[int] | np.ndarray, part: Part | None, checksums: np.ndarray | int,
+        offsets: Sequence[int] | np.ndarray, part: Part | None, checksums: np.ndarray | None,
     ) -> np.ndarray:
         segment.check()
         self._pool.check()
         part = part or Part(0, self._pool.page_bytes)
-        at = np.asarray(offsets, np.int64)
-        ids = np.asarray(pages, np.int64)
+        at, ids = np.asarray(offsets).tolist(), np.asarray(pages).tolist()
         count = len(ids)
         if count == 0:
             return np.zeros(0, np.uint64)
-        if ids.shape != at.shape or count > self.room:
-            raise ValueError(f"moves: got {ids.shape} pages at {at.shape} offsets; "
+        if len(at) != count or count > self.room:
+            raise ValueError(f"moves: got {count} pages at {len(at)} offsets; "
                              f"allowed: one offset each, at most {self.room}")
-        if ids.min() < 0 or ids.max() >= self._pool.pages:
-            raise ValueError(f"page: got {ids.min()} to {ids.max()}; "
+        if min(ids) < 0 or max(ids) >= self._pool.pages:
+            raise ValueError(f"page: got {min(ids)} to {max(ids)}; "
                              f"allowed: 0 to {self._pool.pages - 1}")
         overlap = part.runs > 1 and part.stride < part.bytes
         if min(part.begin, part.bytes - 1, part.runs - 1) < 0 or overlap or (
@@ -269,22 +270,22 @@ class MoveBatch:
         ):
             raise ValueError(f"part: got {part}; allowed: runs apart, of at least a byte, within "
                              f"{self._pool.page_bytes} bytes")
-        if at.min() < 0 or at.max() + part.end > segment.nbytes:
-            raise ValueError(f"offset: got {at.min()} to {at.max()}; allowed: 0 to "
+        if min(at) < 0 or max(at) + part.end > segment.nbytes:
+            raise ValueError(f"offset: got {min(at)} to {max(at)}; allowed: 0 to "
                              f"{segment.nbytes - part.end}")
-        rows = self.records[self.count : self.count + count]
-        rows["flags"], rows["page"], rows["offset"] = flags, ids, at
-        rows["segment"], rows["generation"] = segment.id, segment.generation
-        rows["begin"], rows["bytes"] = part.begin, part.bytes
-        rows["runs"], rows["stride"] = part.runs, part.stride
-        rows["ticket"] = new_tickets(count)
-        rows["checksum"] = checksums
-        self.count += count
-        return rows["ticket"].copy()
+        tickets = new_tickets(count)
+        sums = [0] * count if checksums is None else checksums.tolist()
+        where = segment.id, segment.generation
+        what = part.begin, part.bytes, part.runs, part.stride
+        for page, offset, *rest in zip(ids, at, tickets.tolist(), sums, strict=True):
+            start = self.count * _MOVE.size
+            _MOVE.pack_into(self._records, start, flags, page, *where, offset, *what, *rest)
+            self.count += 1
+        return tickets
 
     def moves(self) -> np.ndarray:
         """i32[N, MOVE_WORDS], a copy (jax keeps what it is given)."""
-        return self.records.view(np.int32).reshape(-1, MOVE_WORDS).copy()
+        return np.frombuffer(bytes(self._records), np.int32).reshape(-1, MOVE_WORDS)
 
     def head(self) -> np.ndarray:
         """i32[3]: count, and the pool's id and generation."""
@@ -334,6 +335,18 @@ def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         asked.ctypes.data, len(asked), statuses.ctypes.data, checksums.ctypes.data
     )
     return statuses, checksums
+
+
+def finished() -> int:
+    """Moves that have ended in the life of the process: as long as that is the same, so is what
+    `poll` says."""
+    return int(native().aqua_moves_finished())
+
+
+def wait(tickets: np.ndarray, timeout: float) -> bool:
+    """Waits until none of these is PENDING; False after `timeout` seconds."""
+    asked = np.ascontiguousarray(tickets, np.uint64)
+    return bool(native().aqua_moves_wait(asked.ctypes.data, len(asked), int(timeout * 1e6)))
 
 
 def drain(timeout: float | None = None) -> bool:

@@ -45,6 +45,8 @@ def _bound(platform: str) -> ctypes.CDLL:
         ("aqua_pool_register", i64, []),
         ("aqua_pool_close", i32, [i32, u32]),
         ("aqua_moves_poll", None, [pointer, i64, pointer, pointer]),
+        ("aqua_moves_finished", u64, []),
+        ("aqua_moves_wait", i32, [pointer, i64, i64]),
         ("aqua_moves_drain", i32, [i64]),
         ("aqua_moves_stop", None, []),
         ("aqua_moves_set_delay", None, [u64, u32]),

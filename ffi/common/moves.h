@@ -85,6 +85,13 @@ void enqueue_moves(Handle pool, void* base, int64_t pages, int64_t page_bytes, c
 // (0 otherwise); `checksums` may be null. Never blocks.
 void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint64_t* checksums);
 
+// How many moves have ended since the process began. As long as this is the same, `poll_moves` has
+// nothing new to say.
+uint64_t finished_moves();
+
+// Waits until none of these is pending, at most `timeout_us`; says whether that is so.
+bool wait_for_moves(const uint64_t* tickets, int64_t count, int64_t timeout_us);
+
 // Waits until no move that was handed over is unfinished, at most `timeout_us` (< 0: for ever).
 // Says whether that is so.
 bool drain_moves(int64_t timeout_us);

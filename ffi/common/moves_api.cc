@@ -35,6 +35,13 @@ void aqua_moves_poll(const uint64_t* tickets, int64_t count, int32_t* statuses,
   aqua::poll_moves(tickets, count, statuses, checksums);
 }
 
+uint64_t aqua_moves_finished() { return aqua::finished_moves(); }
+
+// 1 when none of them is pending, 0 after timeout_us.
+int32_t aqua_moves_wait(const uint64_t* tickets, int64_t count, int64_t timeout_us) {
+  return aqua::wait_for_moves(tickets, count, timeout_us);
+}
+
 // 1 when nothing is unfinished, 0 after timeout_us (< 0: none).
 int32_t aqua_moves_drain(int64_t timeout_us) { return aqua::drain_moves(timeout_us); }
 

@@ -2,11 +2,21 @@
 
 #include "moves_state.h"
 
+#include <algorithm>
 #include <chrono>
 #include <mutex>
 #include <thread>
 
 namespace aqua {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Between two looks at moves that a step runs beside, and wants the core: some pages' copying.
+constexpr std::chrono::microseconds kNap{150};
+
+}  // namespace
 
 MoveState move_state;
 
@@ -32,8 +42,26 @@ void poll_moves(const uint64_t* tickets, int64_t count, int32_t* statuses, uint6
   move_state.results.poll(tickets, count, statuses, checksums);
 }
 
+uint64_t finished_moves() {
+  return move_state.results.finished.load(std::memory_order_acquire);
+}
+
+bool wait_for_moves(const uint64_t* tickets, int64_t count, int64_t timeout_us) {
+  const auto end = Clock::now() + std::chrono::microseconds(timeout_us);
+  int64_t ended = 0;
+  for (;;) {
+    int32_t status = 0;
+    for (; ended < count; ++ended) {
+      move_state.results.poll(tickets + ended, 1, &status, nullptr);
+      if (status == static_cast<int32_t>(MoveStatus::kPending)) break;
+    }
+    const auto now = Clock::now();
+    if (ended == count || now >= end) return ended == count;
+    std::this_thread::sleep_for(std::min<Clock::duration>(kNap, end - now));
+  }
+}
+
 bool drain_moves(int64_t timeout_us) {
-  using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   settle_queue();
   while (!move_state.results.all_ended()) {
