@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -69,28 +69,34 @@ def _gauges(reply: messages.StatusReply) -> Iterator[Any]:
     for state in ("connected", "away", "quarantined"):
         clients.add_metric([state], sum(row.state == state for row in reply.clients))
     yield clients
-    arenas = GaugeMetricFamily(
-        "aqua_coordinator_arena_bytes", "lent bytes by what becomes of them",
-        labels=["arena", "lender", "state"],
+    # By process: an engine lends each extent by itself, and its number says nothing to anybody.
+    yield _by_process(
+        "aqua_coordinator_lent_bytes", "lent bytes by lender and what becomes of them", "lender", [
+            ((arena.lender, str(arena.pid), state), getattr(arena, state))
+            for arena in reply.arenas for state in ("lent", "free", "dirty", "held", "wanted")
+        ],
     )
-    for arena in reply.arenas:
-        for state in ("lent", "free", "dirty", "held", "wanted"):
-            arenas.add_metric(
-                [str(arena.arena), arena.lender, state], getattr(arena, state)
+    yield _by_process(
+        "aqua_coordinator_held_bytes", "borrowed bytes by holder", "holder", [
+            ((lease.holder, str(lease.pid), state), value)
+            for lease in reply.leases
+            for state, value in (
+                ("held", lease.held), ("wanted", lease.wanted),
+                ("quarantined", lease.held if lease.quarantined else 0),
             )
-    yield arenas
-    held = GaugeMetricFamily(
-        "aqua_coordinator_held_bytes", "borrowed bytes by holder", labels=["holder", "pid", "state"]
+        ],
     )
+
+
+def _by_process(
+    name: str, meaning: str, who: str, values: Iterable[tuple[tuple[str, str, str], int]]
+) -> GaugeMetricFamily:
+    """Sums by (name, process id, state)."""
     totals: dict[tuple[str, str, str], int] = {}
-    for lease in reply.leases:
-        for state, value in (
-            ("held", lease.held), ("wanted", lease.wanted),
-            ("quarantined", lease.held if lease.quarantined else 0),
-        ):
-            label = lease.holder, str(lease.pid), state
-            totals[label] = totals.get(label, 0) + value
+    for label, value in values:
+        totals[label] = totals.get(label, 0) + value
+    family = GaugeMetricFamily(name, meaning, labels=[who, "pid", "state"])
     for label, value in totals.items():
-        held.add_metric(list(label), value)
-    yield held
+        family.add_metric(list(label), value)
+    return family
 

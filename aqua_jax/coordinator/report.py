@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -33,14 +33,47 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _lease_state(row: Any) -> str:
+def _arenas(rows: Iterable[Any]) -> list[tuple[str, ...]]:
+    """A line for what one process lends under one name: an engine's extents are an arena each."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for row in rows:
+        key = row.name or str(row.arena), row.lender or "-", str(row.pid), row.kind, row.domain
+        found.setdefault(key, []).append(row)
+    return [
+        (
+            *key[:4], key[4] or "-", str(len(group)),
+            *(size(sum(getattr(row, column) for row in group))
+              for column in ("lent", "free", "dirty", "held", "wanted")),
+        )
+        for key, group in found.items()
+    ]
+
+
+def _leases(rows: Iterable[Any], names: Mapping[int, str]) -> list[tuple[str, ...]]:
+    """A line for what one process holds of that, as long as nothing is wanted back; the parts of
+    which something is wanted have their own."""
+    found: dict[tuple[str, str, str, bool], list[Any]] = {}
+    for row in rows:
+        key = row.holder or "-", str(row.pid), names[row.arena], row.wanted > 0
+        found.setdefault(key, []).append(row)
+    return [
+        (
+            holder, pid, size(sum(row.held for row in group)), name, str(len(group)),
+            age(max(row.age_ms for row in group)), _state(group),
+        )
+        for (holder, pid, name, _), group in found.items()
+    ]
+
+
+def _state(group: Sequence[Any]) -> str:
     words = []
-    if row.quarantined:
+    if any(row.quarantined for row in group):  # one process: all of them
         words.append("quarantined")
-    if row.wanted:
-        late = row.deadline_ms < 0
-        when = f"late by {age(-row.deadline_ms)}" if late else f"within {age(row.deadline_ms)}"
-        words.append(f"{size(row.wanted)} wanted back, {when}")
+    wanted = sum(row.wanted for row in group)
+    if wanted:
+        deadline = min(row.deadline_ms for row in group)
+        when = f"late by {age(-deadline)}" if deadline < 0 else f"within {age(deadline)}"
+        words.append(f"{size(wanted)} wanted back, {when}")
     return ", ".join(words) or "held"
 
 
@@ -50,29 +83,16 @@ def table(reply: Any) -> str:
     if reply.arenas:
         lines += ["", *_table(
             (
-                "ARENA", "LENDER", "PID", "KIND", "WHERE", "LENT", "FREE", "ZEROING", "HELD",
-                "WANTED",
+                "ARENA", "LENDER", "PID", "KIND", "WHERE", "PARTS", "LENT", "FREE", "ZEROING",
+                "HELD", "WANTED",
             ),
-            [
-                (
-                    row.name or str(row.arena), row.lender or "-", str(row.pid), row.kind,
-                    row.domain or "-", size(row.lent), size(row.free), size(row.dirty),
-                    size(row.held), size(row.wanted),
-                )
-                for row in reply.arenas
-            ],
+            _arenas(reply.arenas),
         )]
     if reply.leases:
         names = {row.arena: row.name or str(row.arena) for row in reply.arenas}
         lines += ["", *_table(
-            ("HOLDER", "PID", "HOLDS", "OF", "SINCE", "STATE"),
-            [
-                (
-                    row.holder or "-", str(row.pid), size(row.held), names[row.arena],
-                    age(row.age_ms), _lease_state(row),
-                )
-                for row in reply.leases
-            ],
+            ("HOLDER", "PID", "HOLDS", "OF", "PARTS", "SINCE", "STATE"),
+            _leases(reply.leases, names),
         )]
     away = [row for row in reply.clients if row.state != "connected"]
     if away:

@@ -11,6 +11,8 @@ import urllib.request
 
 import pytest
 
+from aqua_jax.coordinator import messages_pb2 as messages
+from aqua_jax.coordinator.report import table
 from aqua_jax.errors import CoordinatorError, LedgerError, StaleHandleError, StoreError
 from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.client import Client
@@ -169,6 +171,40 @@ def test_the_table_says_who_lends_and_who_holds(running, lent, capsys):
     assert "lender" in text and "holder" in text and str(os.getpid()) in text
     assert "2 MiB wanted back, within" in text and "test" in text
     assert text.splitlines()[0].startswith("up ")
+
+
+def test_the_table_has_a_line_for_each_process_however_many_its_parts_are():
+    now = {"name": "engine 7", "lender": "engine 7", "pid": 7, "kind": "host", "lent": 4 * MIB}
+    held = {"holder": "consumer", "pid": 8, "held": 4 * MIB}
+    reply = messages.StatusReply(
+        term_ms=10_000, up_ms=90_000,
+        arenas=[
+            *(messages.ArenaRow(arena=n, held=4 * MIB, **now) for n in range(3)),
+            messages.ArenaRow(arena=3, held=4 * MIB, wanted=4 * MIB, **now),
+            messages.ArenaRow(arena=9, lender="l", pid=9, kind="host", lent=MIB, free=MIB),
+        ],
+        leases=[
+            *(messages.LeaseRow(arena=n, age_ms=1000 * n, **held) for n in range(3)),
+            messages.LeaseRow(arena=3, age_ms=500, wanted=4 * MIB, deadline_ms=-1500, **held),
+            messages.LeaseRow(arena=9, holder="z", pid=5, held=PAGE, quarantined=True),
+        ],
+        clients=[messages.ClientRow(name="z", pid=5, state="quarantined", held=PAGE)],
+    )
+    assert table(reply).splitlines() == [
+        "up 1.5 min, 1 clients, term 10.0 s",
+        "",
+        "ARENA     LENDER    PID  KIND  WHERE  PARTS  LENT    FREE   ZEROING  HELD    WANTED",
+        "engine 7  engine 7  7    host  -      4      16 MiB  0 B    0 B      16 MiB  4 MiB",
+        "9         l         9    host  -      1      1 MiB   1 MiB  0 B      0 B     0 B",
+        "",
+        "HOLDER    PID  HOLDS   OF        PARTS  SINCE  STATE",
+        "consumer  8    12 MiB  engine 7  3      2.0 s  held",
+        "consumer  8    4 MiB   engine 7  1      0.5 s  4 MiB wanted back, late by 1.5 s",
+        "z         5    4 KiB   9         1      0.0 s  quarantined",
+        "",
+        "CLIENT  PID  STATE        LENDS  HOLDS",
+        "z       5    quarantined  0 B    4 KiB",
+    ]
 
 
 def test_metrics(running, lent):
