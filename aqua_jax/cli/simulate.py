@@ -65,6 +65,10 @@ def define(flags: FlagSet) -> None:
         flags.choice("trace_format", "auto", TRACE_FORMATS, "Format of --trace.")
         flags.number("rate", 1.0, "A recorded trace comes so many times faster.", 1e-6, 1e6)
         flags.integer("seed", 0, "Of lengths and times.", 0)
+        flags.integer(
+            "seeds", 1, "So many seeds, from --seed on: every figure is its median over them.", 1,
+            1000,
+        )
     with flags.group("Scheduling"):
         flags.string(
             "policies", "fcfs,fair", "What is compared: POLICY[@STORE[+STORE]][/STEPS] with "
@@ -127,27 +131,32 @@ def _run(flags: FlagSet) -> int:
     )
     points: dict[str, dict[str, dict[str, float]]] = {}
     outcomes: dict[str, Any] = {}
-    load = _load(flags, min(limits.max_model_len, system.num_pages * system.page_tokens))
+    longest = min(limits.max_model_len, system.num_pages * system.page_tokens)
+    loads = [_load(flags, longest, flags.seed + number) for number in range(flags.seeds)]
     links: list[float | None] = [*_numbers(flags, "link_gb_s")] or [None]
     for rate in _numbers(flags, "request_rate") or [1.0]:
-        requests = load(rate)
+        several = [load(rate) for load in loads]
         for link in links:
             here = system if link is None else system.with_rate(link * 1e9)
             name = _point(flags, rate, link)
-            points[name], outcomes = report.compare(
-                contestants, here, limits, requests, flags.goodput_ttft_ms / 1e3,
-                flags.goodput_tbt_ms / 1e3,
-            )
+            runs = [
+                report.compare(
+                    contestants, here, limits, requests, flags.goodput_ttft_ms / 1e3,
+                    flags.goodput_tbt_ms / 1e3,
+                ) for requests in several
+            ]
+            points[name], outcomes = report.medians([figures for figures, _ in runs]), runs[0][1]
             print(f"simulated: {name}", file=sys.stderr)
     title = (
         f"{system.name}, {flags.model if system.figures == 'modelled' else 'the recorded model'}, "
         f"pool of {system.num_pages} pages of {system.page_tokens} tokens, {flags.num_requests} "
         f"requests; {system.figures} figures"
+        + (f", medians of {flags.seeds} seeds" if flags.seeds > 1 else "")
     )
     if folder is not None:
         if len(points) == 1:
-            runs = {name: outcome.run for name, outcome in outcomes.items()}
-            files = plots.save_plots(runs, folder, title)
+            shown = {name: outcome.run for name, outcome in outcomes.items()}
+            files = plots.save_plots(shown, folder, title)
         else:
             files = [sweeps.save_sweep(points, folder, title)]
         print(*files, sep="\n", file=sys.stderr)
@@ -222,7 +231,7 @@ def _numbers(flags: FlagSet, name: str) -> list[float]:
     return values
 
 
-def _load(flags: FlagSet, longest: int) -> Callable[[float], list[TraceRequest]]:
+def _load(flags: FlagSet, longest: int, seed: int) -> Callable[[float], list[TraceRequest]]:
     """From a request rate to requests."""
     from aqua_jax.bench import traces
     from aqua_jax.simulation import loads
@@ -233,6 +242,8 @@ def _load(flags: FlagSet, longest: int) -> Callable[[float], list[TraceRequest]]
     if flags.workload == "trace":
         if flags.request_rate:
             raise UsageError("flag --request_rate: a recorded trace has --rate")
+        if flags.seeds > 1:
+            raise UsageError("flag --seeds: a recorded trace has no lengths or times to draw")
         recorded = traces.read_trace(
             flags.trace, flags.trace_format, rate=flags.rate, limit=flags.num_requests
         )
@@ -240,15 +251,15 @@ def _load(flags: FlagSet, longest: int) -> Callable[[float], list[TraceRequest]]
         return lambda rate: requests
     if flags.lengths == "trace":
         known = traces.read_trace(flags.trace, flags.trace_format)
-        lengths = loads.draw_lengths(known, flags.num_requests, flags.seed)
+        lengths = loads.draw_lengths(known, flags.num_requests, seed)
     elif flags.lengths == "sharegpt":
-        lengths = loads.sharegpt_like(flags.num_requests, flags.seed)
+        lengths = loads.sharegpt_like(flags.num_requests, seed)
     else:
         lengths = [(flags.prompt_tokens, flags.output_tokens)] * flags.num_requests
 
     def load(rate: float) -> list[TraceRequest]:
         timed = loads.timed(
-            lengths, flags.workload, rate, flags.burstiness, flags.num_users, flags.seed
+            lengths, flags.workload, rate, flags.burstiness, flags.num_users, seed
         )
         return traces.fit(timed, longest)[0]
 

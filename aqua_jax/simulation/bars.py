@@ -2,18 +2,21 @@
 
 Any policy moves less if it may let people wait longer, so bytes compare at equal service only. A
 *bar* is a TTFT p99 and a longest gap; of a policy's settings (steps of a slice, stores) an operator
-would take the one that moves least among those that keep the bar. Two policies are compared at all
-bars that both can keep: the later first token and the longer pause of a setting of the one and a
-setting of the other. Every other bar that both keep has the same cheapest settings as one of these.
+would take the one that moves least among those that keep the bar. Bars are round (1, 1.5, 2, 3, 5
+or 7 times a power of ten seconds), or settings whose figures are equal but for chance would make
+bars by the dozen. Two policies are compared at every round bar that both can keep.
 Throughput is no part of a bar, but stands beside the bytes: who leaves pages unused moves few.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from aqua_jax.simulation.setups import parse_setup
+
+ROUND = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 Results = Mapping[str, Mapping[str, float]]
 
@@ -43,8 +46,8 @@ def moved(one: Mapping[str, float]) -> float:
 
 
 def bars(results: Results, policy: str, rival: str) -> list[Bar]:
-    """All bars that a policy and a rival can both keep, tightest first; of those with the same
-    cheapest settings the tightest ones.
+    """All round bars that a policy and a rival can both keep, tightest first; of those with the
+    same cheapest settings the tightest ones.
 
     Args:
       results: figures by setting, as `report.compare` has them.
@@ -52,7 +55,9 @@ def bars(results: Results, policy: str, rival: str) -> list[Bar]:
     """
     ours, theirs = _settings(results, policy), _settings(results, rival)
     corners = sorted({
-        (max(one["ttft_p99_s"], other["ttft_p99_s"]), max(one["worst_gap_s"], other["worst_gap_s"]))
+        tuple(
+            rounded(max(one[field], other[field])) for field in ("ttft_p99_s", "worst_gap_s")
+        )
         for one in ours.values() for other in theirs.values()
     })
     found: list[Bar] = []
@@ -67,6 +72,15 @@ def bars(results: Results, policy: str, rival: str) -> list[Bar]:
         if not any(told.ttft_p99_s <= ttft and told.worst_gap_s <= gap for told in same):
             found.append(bar)
     return found
+
+
+def rounded(seconds: float) -> float:
+    """The least round bar that is no less."""
+    if seconds <= 0.0:
+        return 0.0
+    decade = 10.0 ** math.floor(math.log10(seconds))
+    steps = (step * decade for step in (*ROUND, 10.0))
+    return next((step for step in steps if seconds <= step), 10.0 * decade)
 
 
 def _settings(results: Results, policy: str) -> Results:

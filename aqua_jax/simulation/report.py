@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from aqua_jax.bench.service import gaps, run_metrics
@@ -48,6 +49,21 @@ def compare(
         outcomes[setup.name] = simulate(setup, system, limits, requests)
         shown[setup.name] = figures(outcomes[setup.name], ttft_slo_s, tbt_slo_s)
     return shown, outcomes
+
+
+def medians(
+    runs: Sequence[dict[str, dict[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """Of several loads: each figure of each contestant at its median; the contestants of the first.
+
+    A figure that some load has no value for is left out.
+    """
+    return {
+        name: {
+            field: statistics.median(run[name][field] for run in runs)
+            for field in one if all(field in run[name] for run in runs)
+        } for name, one in runs[0].items()
+    }
 
 
 _ROWS: tuple[tuple[str, str, float], ...] = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from aqua_jax.simulation.bars import Bar, bars, table
+import pytest
+
+from aqua_jax.simulation.bars import Bar, bars, rounded, table
 
 
 def point(
@@ -35,7 +37,7 @@ def test_the_cheapest_settings_that_keep_a_bar_are_compared() -> None:
 def test_nobody_is_asked_for_what_he_cannot_keep() -> None:
     found = bars(RESULTS, "fair", "vllm")
     assert [(bar.ttft_p99_s, bar.worst_gap_s, bar.ours) for bar in found] == [
-        (4.0, 3.0, "fair@peer/5"), (4.0, 6.0, "fair@peer/40"),
+        (5.0, 3.0, "fair@peer/5"), (5.0, 7.0, "fair@peer/40"),
     ]
 
 
@@ -50,3 +52,11 @@ def test_a_table_says_where_it_moves_more() -> None:
     assert [line.endswith("more") for line in text.splitlines() if "aqua_reference/" in line] == [
         False, True,
     ]
+
+
+def test_bars_are_round_so_that_chance_makes_none() -> None:
+    assert [rounded(value) for value in (0.0, 0.011, 0.3, 1.0, 1.01, 6.0, 7.2, 88.0)] == (
+        pytest.approx([0.0, 0.015, 0.3, 1.0, 1.5, 7.0, 10.0, 100.0])
+    )
+    results = {**RESULTS, "fair@peer/80": point(1.03, 6.2, 9.0, 20.0)}
+    assert {bar.ttft_p99_s for bar in bars(results, "fair", "aqua_reference")} == {1.0, 1.5}

@@ -45,6 +45,20 @@ def test_json_of_a_sweep_is_the_same_every_time(capsys: pytest.CaptureFixture[st
     assert len(set(tokens.values())) == 1, "every policy serves the same load to its end"
 
 
+def test_several_seeds_at_their_medians(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for seeds in ("--seed=3", "--seed=4", "--seed=5", "--seed=3 --seeds=3"):
+        simulate("--policies=fcfs,vtc", "--request_rate=9", "--json", *seeds.split())
+        shown.append(json.loads(capsys.readouterr().out))
+    assert "medians of 3 seeds" in shown[-1]["title"] and "median" not in shown[0]["title"]
+    for name, figures in shown[-1]["points"]["9/s"].items():
+        for field, value in figures.items():
+            each = sorted(one["points"]["9/s"][name][field] for one in shown[:3])
+            assert value == each[1], (name, field)
+    with pytest.raises(UsageError, match="seeds"):
+        simulate("--workload=trace", "--trace=nowhere.jsonl", "--seeds=2")
+
+
 def test_recorded_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.jsonl"
     lines = [{"arrival_s": i * 0.1, "prompt_tokens": 40, "output_tokens": 5} for i in range(9)]
