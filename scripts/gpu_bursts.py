@@ -5,10 +5,14 @@
 WHAT is one of
     bursts        the pool cut to a half and to a tenth: fcfs, fair with pages in host memory, fair
                   with pages in a peer's (on one GPU an arena of its own, a stand-in)
-    killed        fair with a lender that is killed in mid-burst: every answer as without it
+    killed        fair with a lender that is killed in mid-burst: every answer as without it; with
+                  a GPU, one that lends host memory and one that lends a GPU's
+    lent          memory lent through a coordinator (with a GPU, a GPU's): every answer as without,
+                  and afterwards all of it is back, and zeroed
     transformers  the same prompts through transformers with continuous batching, and through us
     tensor        one model over two devices (on a CPU: two of jax's): the answers of one, pages of
-                  both shards swapped out and in
+                  both shards swapped out and in; then with a lender for each shard, on the other
+                  one's GPU, of which one is killed in mid-burst
     soak          engines made, loaded, aborted and closed again and again until --limit_s is over;
                   device memory, pinned memory and descriptors must be what they were
 
@@ -68,26 +72,45 @@ SHARES = (2, 10)  # the pool holds one part in so many
 
 
 @contextlib.contextmanager
-def lender(nbytes: int) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A process that lends host memory, and its socket; killed at the end."""
+def running(*command: str, until: str) -> Iterator[subprocess.Popen]:
+    """A command of ours that has said `until`; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aqua_jax.cli.main", *command], stderr=subprocess.PIPE, text=True,
+    )
+    assert process.stderr is not None
+    try:
+        said = ""
+        while until not in said:
+            said = process.stderr.readline()
+            if not said:
+                raise RuntimeError(f"{' '.join(command)} did not start")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@contextlib.contextmanager
+def lender(nbytes: int, device: str = "") -> Iterator[tuple[str, subprocess.Popen]]:
+    """A process that lends memory, the host's or a GPU's, and its socket; killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         address = os.path.join(folder, "lender")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aqua_jax.cli.main", "lend", f"--bytes={nbytes}",
-             f"--listen={address}"],
-            stderr=subprocess.PIPE, text=True,
-        )
-        try:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            if address not in line:
-                raise RuntimeError(f"the lender did not start: {line}")
+        with running(
+            "lend", f"--bytes={nbytes}", f"--listen={address}", f"--device={device}", until=address
+        ) as process:
             yield address, process
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stderr is not None
-            process.stderr.close()
+
+
+# Room for lenders on GPUs that jax uses as well.
+SHARED = {"device_memory_fraction": 0.6}
+
+
+def lent_places(platform: str) -> list[str]:
+    """Whose memory a lender's is: the host's, and with a GPU the second one's, or our own."""
+    if platform == "cpu":
+        return [""]
+    return ["", "cuda:1" if len(jax.local_devices()) > 1 else "cuda:0"]
 
 
 def small(platform: str, tokens: int, **fields: Any) -> EngineConfig:
@@ -164,42 +187,119 @@ def make_prompts(platform: str, vocab: int) -> list[list[int]]:
 
 def killed(platform: str, out: Out) -> None:
     """With the lender killed, against a pool for everything. Deterministic, so equal to the bit."""
-    burst = dataclasses.replace(BURSTS[platform], output=min(128, BURSTS[platform].output))
-    same = {"deterministic": True, "dtype": "float32"} if platform == "cpu" else {
-        "deterministic": True}
-    engine = Engine(small(platform, burst.tokens, policy="fcfs", **same))
+    expected = unpressed(platform)
+    for device in lent_places(platform):
+
+        def one(device: str = device) -> None:
+            with lender(BURSTS[platform].lent, device) as (address, process):
+                pressed(
+                    platform, out, expected, f"lender of {device or 'host memory'} killed in "
+                    "mid-burst", lambda: (process.send_signal(signal.SIGKILL), process.wait(30)),
+                    peer=address,
+                )
+
+        out.part(f"lender of {device or 'host memory'} killed", one)
+
+
+def same(platform: str) -> dict[str, Any]:
+    """What makes answers equal to the bit."""
+    exact = {"deterministic": True, **SHARED}
+    return {**exact, "dtype": "float32"} if platform == "cpu" else exact
+
+
+def short(platform: str) -> Burst:
+    """The burst with short answers."""
+    return dataclasses.replace(BURSTS[platform], output=min(128, BURSTS[platform].output))
+
+
+def unpressed(platform: str, **fields: Any) -> list[tuple[int, ...]]:
+    """The answers of an engine whose pool holds everything."""
+    burst = short(platform)
+    engine = Engine(small(platform, burst.tokens, policy="fcfs", **same(platform), **fields))
     prompts = make_prompts(platform, engine.model_config.vocab_size)
-    expected, _ = answers(engine, prompts, burst.output)
+    found, _ = answers(engine, prompts, burst.output)
     engine.close()
-    with lender(burst.lent) as (address, process):
-        engine = Engine(small(
-            platform, burst.tokens // 4, policy="fair", slice_steps=8, peer=address,
-            host_kv_memory=0, **same,
-        ))
-        found, seconds = answers(
-            engine, prompts, burst.output,
-            lambda: (process.send_signal(signal.SIGKILL), process.wait(30)),
-        )
-        stats = engine.stats()
-        engine.close()
+    return found
+
+
+def pressed(
+    platform: str, out: Out, expected: list[tuple[int, ...]], what: str, kill: Any = None,
+    **fields: Any,
+) -> None:
+    """The same requests in a quarter of the pool, and lenders' memory alone beside it."""
+    burst = short(platform)
+    engine = Engine(small(
+        platform, burst.tokens // 4, policy="fair", slice_steps=8, host_kv_memory=0,
+        peer_kv_memory=burst.lent, **same(platform), **fields,
+    ))
+    prompts = make_prompts(platform, engine.model_config.vocab_size)
+    found, seconds = answers(engine, prompts, burst.output, kill)
+    stats = engine.stats()
+    engine.close()
     wrong = sum(a != b for a, b in zip(expected, found, strict=True))
-    out.row(what="lender killed in mid-burst", requests=len(prompts), wrong_answers=wrong,
-            seconds=seconds, swapped_out_bytes=stats["paging"]["bytes_out"],
-            recomputed_tokens=stats["recomputed_tokens"])
+    peers = [one for one in stats["paging"]["stores"] if one["name"] == "peer"]
+    out.row(what=what, requests=len(prompts), wrong_answers=wrong, seconds=seconds,
+            swapped_out_bytes=stats["paging"]["bytes_out"],
+            recomputed_tokens=stats["recomputed_tokens"],
+            memory=sorted({f"{lender['kind']} by {lender['shared_by']}"
+                           for peer in peers for lender in peer["lenders"] if lender["kind"]}))
     if wrong:
         raise RuntimeError(f"{wrong} answers differ")
     if not stats["paging"]["bytes_out"]:
         raise RuntimeError("nothing was lent, so nothing was tested")
 
 
+def lent(platform: str, out: Out) -> None:
+    """Lender, coordinator, engine: three processes."""
+    from aqua_jax.memory.link import status
+
+    expected = unpressed(platform)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        socket = os.path.join(folder, "coordinator")
+        opened.enter_context(running("coordinator", f"--socket={socket}", until=socket))
+        device = lent_places(platform)[-1]
+        nbytes = BURSTS[platform].lent
+        opened.enter_context(running(
+            "lend", f"--bytes={nbytes}", f"--socket={socket}", f"--device={device}", until=socket
+        ))
+        where = f"{device or 'host memory'} through a coordinator"
+        pressed(platform, out, expected, where, peer=socket)
+        end = time.monotonic() + 30
+        while sum(row.free for row in status(socket).arenas) < nbytes:
+            if time.monotonic() > end:
+                raise RuntimeError(f"not all is back and zeroed: {status(socket).arenas}")
+            time.sleep(0.01)
+        rows = status(socket).arenas
+        out.row(what=where, segments=len(rows), kinds=sorted({row.kind for row in rows}),
+                back_and_zeroed=sum(row.free for row in rows))
+
+
+def own_peers(platform: str, out: Out) -> None:
+    """Two shards, a lender for each on the other one's GPU; the second one dies."""
+    places = ("", "") if platform == "cpu" else ("cuda:1", "cuda:0")
+    expected = unpressed(platform, tensor_parallel=2)
+    with contextlib.ExitStack() as opened:
+        lenders = [
+            opened.enter_context(lender(BURSTS[platform].lent // 2, place)) for place in places
+        ]
+        peers = ",".join(address for address, _ in lenders)
+        doomed = lenders[1][1]
+        pressed(platform, out, expected, "two shards, a lender each",
+                tensor_parallel=2, peer=peers)
+        pressed(platform, out, expected, "two shards, a lender each, one killed in mid-burst",
+                lambda: (doomed.send_signal(signal.SIGKILL), doomed.wait(30)),
+                tensor_parallel=2, peer=peers)
+
+
 def tensor(platform: str, out: Out) -> None:
     """Two shards under pressure against one device without."""
-    burst = dataclasses.replace(BURSTS[platform], output=min(128, BURSTS[platform].output))
+    burst = short(platform)
     found = {}
     for shards in (1, 2):
         engine = Engine(small(
             platform, burst.tokens // (4 if shards == 2 else 1), dtype="float32",
             policy="fair", slice_steps=8, host_kv_memory=burst.lent, tensor_parallel=shards,
+            **SHARED,
         ))
         prompts = make_prompts(platform, engine.model_config.vocab_size)
         found[shards], seconds = answers(engine, prompts, burst.output)
@@ -208,10 +308,11 @@ def tensor(platform: str, out: Out) -> None:
         out.row(what="tensor parallel", shards=shards, seconds=seconds,
                 tok_s=burst.output * len(prompts) / seconds,
                 swapped_out_bytes=(stats["paging"] or {}).get("bytes_out", 0))
-    same = sum(a == b for a, b in zip(found[1], found[2], strict=True))
-    out.row(what="tensor parallel", equal_answers=same, of=len(found[1]))
-    if same < 0.9 * len(found[1]):  # sums in another order may tip a draw between equals
+    equal = sum(a == b for a, b in zip(found[1], found[2], strict=True))
+    out.row(what="tensor parallel", equal_answers=equal, of=len(found[1]))
+    if equal < 0.9 * len(found[1]):  # sums in another order may tip a draw between equals
         raise RuntimeError("two shards answer something else than one device")
+    out.part("two shards, a lender each", lambda: own_peers(platform, out))
 
 
 def transformers(platform: str, out: Out) -> None:
@@ -338,5 +439,5 @@ def soak(platform: str, out: Out) -> None:
 if __name__ == "__main__":
     raise SystemExit(gpu_engine.main({
         "bursts": bursts, "killed": killed, "transformers": transformers, "tensor": tensor,
-        "soak": soak,
+        "soak": soak, "lent": lent,
     }))
