@@ -100,6 +100,26 @@ def define(flags: FlagSet) -> None:
         flags.switch("json", False, "Print one line of JSON instead of tables.")
 
 
+_RANDOM = ("poisson", "gamma")
+# Flags that mean something only with some values of another one.
+_MEANT_FOR = {
+    "request_rate": ("workload", _RANDOM), "burstiness": ("workload", ("gamma",)),
+    "rate": ("workload", ("trace",)), "num_users": ("workload", ("burst", *_RANDOM)),
+    "lengths": ("workload", ("burst", *_RANDOM)),
+    "prompt_tokens": ("lengths", ("fixed",)), "output_tokens": ("lengths", ("fixed",)),
+}
+
+
+def _check(flags: FlagSet) -> None:
+    """Refuses what would do nothing."""
+    for name, (other, values) in _MEANT_FOR.items():
+        if flags.given(name) and getattr(flags, other) not in values:
+            raise UsageError(f"flag --{name} needs --{other}={' or '.join(values)}")
+    wants_trace = flags.workload == "trace" or flags.lengths == "trace"
+    if wants_trace != (flags.trace is not None) or flags.given("trace_format") > wants_trace:
+        raise UsageError("flag --trace=FILE goes with --workload=trace or --lengths=trace")
+
+
 def run(flags: FlagSet) -> int:
     """Simulates and prints.
 
@@ -117,12 +137,17 @@ def _run(flags: FlagSet) -> int:
     from aqua_jax.simulation import bars, report, setups
     from aqua_jax.simulation import plots as sweeps
 
+    _check(flags)
     folder = None
     if flags.plots is not None:
         plots.require_matplotlib()
         folder = plots.prepare_folder(flags.plots)
     system = _system(flags)
     contestants = setups.expand(flags.policies.split(","), _integers(flags, "slices"))
+    if flags.given("tbt_slo_ms") and not any(
+        one.policy == "fair" and one.slice_steps is None for one in contestants
+    ):
+        raise UsageError("flag --tbt_slo_ms is for fair with automatic slices")
     if flags.bars is not None and flags.bars not in {one.policy for one in contestants}:
         raise UsageError(f"flag --bars={flags.bars}: allowed: a policy of --policies")
     limits = setups.Limits(
@@ -236,12 +261,7 @@ def _load(flags: FlagSet, longest: int, seed: int) -> Callable[[float], list[Tra
     from aqua_jax.bench import traces
     from aqua_jax.simulation import loads
 
-    wants_trace = flags.workload == "trace" or flags.lengths == "trace"
-    if wants_trace != (flags.trace is not None):
-        raise UsageError("flag --trace=FILE goes with --workload=trace or --lengths=trace")
     if flags.workload == "trace":
-        if flags.request_rate:
-            raise UsageError("flag --request_rate: a recorded trace has --rate")
         if flags.seeds > 1:
             raise UsageError("flag --seeds: a recorded trace has no lengths or times to draw")
         recorded = traces.read_trace(

@@ -99,6 +99,14 @@ def test_pictures(tmp_path: Path) -> None:
     (["--workload=trace"], "trace"),
     (["--kv_cache_tokens=9"], "less than a page"),
     (["--bars=vtc"], "a policy of --policies"),
+    (["--workload=burst", "--request_rate=3"], "--request_rate needs --workload=poisson or gamma"),
+    (["--workload=trace", "--trace=x", "--request_rate=3"], "--request_rate needs"),
+    (["--burstiness=2"], "--burstiness needs --workload=gamma"),
+    (["--rate=2"], "--rate needs --workload=trace"),
+    (["--prompt_tokens=9"], "--prompt_tokens needs --lengths=fixed"),
+    (["--trace_format=azure"], "goes with --workload=trace"),
+    (["--policies=fcfs", "--tbt_slo_ms=5"], "automatic slices"),
+    (["--policies=fair", "--slices=5", "--tbt_slo_ms=5"], "automatic slices"),
 ])
 def test_wrong_flags_are_named(arguments: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
