@@ -107,3 +107,16 @@ def test_what_comes_next_is_fetched_ahead() -> None:
     watched.run(400)
     assert watched.residency.counters.prefetched > 0
     watched.close()
+
+
+def test_who_goes_next_is_copied_ahead() -> None:
+    """So that places come free at once: little is left to copy when somebody gives way."""
+    left = []
+    for write_behind in (0, 64):
+        watched = Watched(write_behind=write_behind, slice_steps=12)
+        watched.run(400)
+        left.append(sum(
+            move.count for event, moves in watched.events if event == "leave" for move in moves
+        ))
+        watched.close()
+    assert left[1] < left[0] / 2, left
