@@ -15,7 +15,7 @@ from typing import Any
 from aqua_jax.errors import ConfigError
 from aqua_jax.memory.joint import JointSegment, JointTier
 from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.loan import Loan
+from aqua_jax.memory.loan import capped
 from aqua_jax.memory.pace import Pace
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.pinning import Pins
@@ -131,14 +131,11 @@ class Borrowing:
         return SplitStore(parts, self._homes, self._page_tokens)
 
     def _pace(self, lease: Lease) -> Pace | None:
-        """One for all leases of a lender: an engine's extents are an arena each."""
-        if not isinstance(lease, Loan) or not lease.bandwidth_cap:
-            return None
-        key = lease.pid, lease.lender, lease.bandwidth_cap
-        pace = self.paces.get(key)
-        if pace is None:
-            pace = self.paces[key] = Pace(lease.bandwidth_cap, self._slot_bytes)
-        return pace
+        """One for all leases of a lender."""
+        key = capped(lease)
+        if key is not None and key not in self.paces:
+            self.paces[key] = Pace(key[-1], self._slot_bytes)
+        return None if key is None else self.paces[key]
 
     def drop(self, store: LentStore) -> None:
         """Lets go of a store that nobody uses: its lender is gone, or has got everything back."""

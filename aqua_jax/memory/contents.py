@@ -19,9 +19,11 @@ from aqua_jax.errors import ContentLostError, StaleHandleError, StoreFullError
 from aqua_jax.memory import copies, segments
 from aqua_jax.memory.copies import Span
 from aqua_jax.memory.lease import Bell
+from aqua_jax.memory.loan import capped
 from aqua_jax.memory.peers import PeerTier
 from aqua_jax.memory.policies import Policy, TierView
-from aqua_jax.memory.segments import Piece, Segment, Tier
+from aqua_jax.memory.segments import LeaseSegment, Piece, Segment, Tier
+from aqua_jax.memory.throttle import Throttle
 
 # Empty memory is kept for so long: what was freed is often offloaded again soon, and taking memory
 # costs as much as some copies.
@@ -123,6 +125,7 @@ class Contents:
         self.tidy_at = math.inf
         self.orphans: deque[Content] = deque()
         self.closed = False
+        self._throttles: dict[tuple[int, str, int], Throttle] = {}
         self._chunk = chunk_bytes
         self._lowest = tiers[-1].name if tiers else ""
 
@@ -259,6 +262,8 @@ class Contents:
             for index, pieces in enumerate(places):
                 offset, size = content.span(index)
                 for piece in pieces:
+                    if piece.segment.throttle is not None:
+                        piece.segment.throttle.wait(copies.common(offset, size, spans))
                     copies.gather(piece.address, offset, size, spans)
                 if not any(piece.good for piece in pieces):
                     raise ContentLostError("the lender died while the content was copied to it")
@@ -282,6 +287,8 @@ class Contents:
                 for piece in pieces:
                     if not piece.good:
                         continue
+                    if piece.segment.throttle is not None:
+                        piece.segment.throttle.wait(copies.common(offset, size, spans))
                     copies.scatter(piece.address, offset, size, spans)
                     if piece.good:  # after the copy: was it the content that was copied?
                         break
@@ -412,6 +419,9 @@ class Contents:
     def _adopt(self, tier: Tier, segment: Segment) -> None:
         segments.adopt(tier, segment)
         segment.watch(self.bell)
+        key = capped(segment.lease) if isinstance(segment, LeaseSegment) else None
+        if key is not None:
+            segment.throttle = self._throttles.setdefault(key, Throttle(key[-1]))
 
     def _climb(self) -> None:
         """There may be room further up."""

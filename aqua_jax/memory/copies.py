@@ -58,6 +58,11 @@ def scatter(source: int, offset: int, size: int, spans: Sequence[Span]) -> None:
         copy(span.address + low - span.offset, source + low - offset, high - low)
 
 
+def common(offset: int, size: int, spans: Sequence[Span]) -> int:
+    """Bytes that `spans` have of [offset, offset + size)."""
+    return sum(high - low for _, low, high in _within(offset, size, spans))
+
+
 def _within(
     offset: int, size: int, spans: Sequence[Span]
 ) -> list[tuple[Span, int, int]]:

@@ -59,6 +59,14 @@ def terms_of(told: Any) -> ArenaTerms:
     )
 
 
+def capped(lease: Lease) -> tuple[int, str, int] | None:
+    """Whose bandwidth term a lease is under, and bytes/s; None: there is none. What is under the
+    same one shares the rate: an engine lends each of its extents by itself."""
+    if not isinstance(lease, Loan) or not lease.bandwidth_cap:
+        return None
+    return lease.pid, lease.lender, lease.bandwidth_cap
+
+
 @dataclasses.dataclass
 class Held:
     """What a client knows of a range, from the grant to the last byte.

@@ -117,6 +117,8 @@ class Responder:
                 content, index, source = victim
                 target = None
                 if not contents.elsewhere(content, index, segment):
+                    if not segment.ready:
+                        break  # no step waits for what its lender's cap allows
                     target, drop = self._refuge(content, index, segment)
                     if target is None and not drop:
                         contents.counters.late += 1
@@ -190,6 +192,9 @@ class Responder:
         """Copies a chunk after `_begin`; whether it lies there now. `keep`: the source stays."""
         contents = self._contents
         copied = False
+        for end in (source, target):
+            if end.segment.throttle is not None:
+                end.segment.throttle.begin(content.span(index)[1])
         try:
             copies.copy(target.address, source.address, content.span(index)[1])
             copied = True
@@ -243,6 +248,10 @@ class Responder:
                     if target is None:
                         short += size
                         continue
+                    if not (source.segment.ready and target.segment.ready):
+                        contents.release_piece(target)
+                        contents.climb_due = True
+                        return moved
                     if moved and moved + size > self._climb_bytes:
                         contents.release_piece(target)
                         contents.climb_due = True

@@ -16,6 +16,7 @@ from aqua_jax.memory.arena import PAGE, Arena, round_up
 from aqua_jax.memory.extents import Extent, Extents
 from aqua_jax.memory.lease import Bell, Lease
 from aqua_jax.memory.policies import TierView
+from aqua_jax.memory.throttle import Throttle
 
 # A tier grows by at least so much: mapping and faulting in are paid once for many contents.
 STEP = 16 << 20
@@ -37,6 +38,7 @@ class Segment:
       pins: copies under way in it; its memory stays mapped while there are any.
       retired: it belongs to no tier any more and is closed with the last pin.
       idle_since: when it was found empty; None: it isn't, or was used since.
+      throttle: what copies to and from it have to keep to; None: nothing.
     """
 
     def __init__(self, tier: str, address: int, size: int) -> None:
@@ -46,6 +48,12 @@ class Segment:
         self.pins = 0
         self.retired = False
         self.idle_since: float | None = None
+        self.throttle: Throttle | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a copy to or from it may begin now."""
+        return self.throttle is None or self.throttle.ready
 
     @property
     def alive(self) -> bool:
