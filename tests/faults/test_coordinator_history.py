@@ -25,6 +25,8 @@ from tests.memory.lending import new_name, wait_for
 from tests.scale import scaled
 
 TERM_S = 1.0
+# By then a loss has been told: the longest stop of a holder, absence of the coordinator, two terms.
+TOLD_S = 10.0
 # 5,000 operations in the ordinary suite, 100,000 in `make test-long`, over two tests.
 OPERATIONS = 2500 if scaled(1) == 1 else scaled(5000)
 
@@ -215,7 +217,7 @@ def check_nothing_was_granted_twice(everybody: list[Actor]) -> int:
 
 
 def check_every_loss_was_reported(everybody: list[Actor], dead: list[Actor]) -> int:
-    """Whoever held memory of a lender that died was told so, or gave it back, or died."""
+    """Whoever held memory of a lender that died was told so, or gave it back, or died soon."""
     died = {}
     for actor in dead:
         if actor.role == "lend":
@@ -224,13 +226,15 @@ def check_every_loss_was_reported(everybody: list[Actor], dead: list[Actor]) -> 
     reported = 0
     for actor in everybody:
         lines = actor.lines()
-        if actor.role != "borrow" or actor in dead:
+        if actor.role != "borrow" or not lines:
             continue
         ended = {line["g"] for line in lines if line["e"] in ("gives", "lost")}
         reported += sum(line["e"] == "lost" for line in lines)
         for line in lines:
             if line["e"] == "granted" and line["a"] in died:
-                assert line["g"] in ended, (actor.log.name, line)
+                # Who was killed later may have been stopped, or the coordinator away, until then.
+                soon = actor in dead and lines[-1]["t"] < died[line["a"]] + TOLD_S
+                assert soon or line["g"] in ended, (actor.log.name, line)
     return reported
 
 
