@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence as Sequence_
 from typing import Protocol
 
-from aqua_jax.bench.open_loop import SAMPLE_EVERY_S, Run, Sample, Served
+from aqua_jax.bench.open_loop import Run, Sample, Served, sample_due
 from aqua_jax.bench.traces import MOONCAKE_BLOCK, TraceRequest
 from aqua_jax.errors import SimulationError
 from aqua_jax.paging.moves import Move, Store
@@ -328,7 +328,7 @@ class Simulator:
         """Notes the state, now and then and at the end."""
         clock, scheduler = self._clock, self._scheduler
         ended = self._finished == len(self._served)
-        if not self._samples or clock - self._samples[-1].time_s >= SAMPLE_EVERY_S or ended:
+        if sample_due(self._samples, clock) or ended:
             self._samples.append(Sample(
                 clock, self._sent - self._started, self._sent - self._finished,
                 scheduler.pool.in_use, scheduler.num_running,

@@ -110,13 +110,15 @@ def test_requests_are_sent_when_due_and_idle_time_is_slept_through():
     assert metrics["waiting_max"] == 1 and "jain_index" not in metrics
 
 
-def test_the_engine_is_asked_at_most_every_20_ms():
+def test_the_engine_is_asked_at_most_every_20_ms_and_200th_of_the_run():
     clock = FakeClock()
     engine = FakeEngine(clock, step_s=0.005)
     run = serve(engine, requests_at(0, output=100), [[1] * 4], clock)
     gaps = [b.time_s - a.time_s for a, b in zip(run.samples, run.samples[1:], strict=False)]
     assert min(gaps[:-1]) >= 0.0199 and engine.stats_calls <= 28
     assert run.samples[-1].live == 0
+    long = serve(FakeEngine(clock, step_s=0.1), requests_at(0, output=1200), [[1] * 4], clock)
+    assert len(long.samples) < 900  # of 1,200 steps: every half a per cent of the run so far
     columns = timeline(run, 5)
     assert len(columns["time_s"]) <= 5 and columns["waiting"][0] == 0
 
