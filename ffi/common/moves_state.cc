@@ -13,8 +13,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Between two looks at moves that a step runs beside, and wants the core: some pages' copying.
-constexpr std::chrono::microseconds kNap{150};
+// Between the first two looks at moves that a step runs beside, and wants the core: some pages'
+// copying.
+constexpr std::chrono::microseconds kNap{200};
 
 }  // namespace
 
@@ -48,6 +49,7 @@ uint64_t finished_moves() {
 
 bool wait_for_moves(const uint64_t* tickets, int64_t count, int64_t timeout_us) {
   const auto end = Clock::now() + std::chrono::microseconds(timeout_us);
+  std::chrono::microseconds nap{kNap};
   int64_t ended = 0;
   for (;;) {
     int32_t status = 0;
@@ -57,7 +59,8 @@ bool wait_for_moves(const uint64_t* tickets, int64_t count, int64_t timeout_us) 
     }
     const auto now = Clock::now();
     if (ended == count || now >= end) return ended == count;
-    std::this_thread::sleep_for(std::min<Clock::duration>(kNap, end - now));
+    std::this_thread::sleep_for(std::min<Clock::duration>(nap, end - now));
+    nap *= 2;  // so that looks stay few
   }
 }
 
