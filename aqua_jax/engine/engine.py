@@ -18,17 +18,17 @@ from collections.abc import Callable, ValuesView
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from aqua_jax.config import EngineConfig, SamplingParams
-from aqua_jax.engine import inputs, logprobs, startup
+from aqua_jax.engine import inputs, startup
+from aqua_jax.engine.answers import Answers
 from aqua_jax.engine.batch import BANNED_TOKENS
 from aqua_jax.engine.detokenizer import Detokenizer
 from aqua_jax.engine.metrics import EngineMetrics
 from aqua_jax.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from aqua_jax.engine.request import Request, Sample
-from aqua_jax.engine.runner import PromptRows, Runner, StepRecord
+from aqua_jax.engine.request import LiveRequests, Request, Sample
+from aqua_jax.engine.runner import Runner, StepRecord
 from aqua_jax.errors import EngineDeadError, RequestError
 from aqua_jax.prompts import Prompt
 from aqua_jax.scheduling.plan import Plan
@@ -61,8 +61,8 @@ class Engine:
           DependencyError: an optional package is missing.
         """
         self.config = config
-        self._samples: dict[int, tuple[Request, Sample]] = {}
-        parts = startup.build(config, self._lookup, self._samples.values, progress)
+        self._live = LiveRequests()
+        parts = startup.build(config, self._live.lookup, self._live.samples.values, progress)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
         self.max_model_len = parts.max_model_len
         self.model_name = parts.model_name
@@ -73,7 +73,9 @@ class Engine:
         self._memory, self._startup = parts.memory, parts.timings
         self._implementations = parts.implementations
         self.metrics = EngineMetrics()
-        self._requests: dict[str, Request] = {}
+        self._answers = Answers(
+            self._live, self._scheduler, self.tokenizer, self._eos, self.metrics, self._trace
+        )
         self._ended: list[RequestOutput] = []  # ended outside a step (aborts)
         self._pending: collections.deque[StepRecord] = collections.deque()
         self._numbers = itertools.count()
@@ -106,7 +108,7 @@ class Engine:
         """
         self._check_alive()
         params = params or SamplingParams()
-        if request_id in self._requests:
+        if request_id in self._live.requests:
             raise RequestError("request_id", request_id, "an id no live request has")
         text, ids = inputs.tokenize_prompt(prompt, self.tokenizer)
         inputs.check_tokens(ids, self.model_config.vocab_size, self.max_model_len)
@@ -135,10 +137,9 @@ class Engine:
             request.add_sample(self._make_sample(sequence, params, index))
         for sample in request.samples:
             self._scheduler.add(sample.sequence)  # refuses the first one or none
-            self._samples[sample.sequence.seq_id] = (request, sample)
             if self._trace is not None:
                 self._trace.added(sample.sequence)
-        self._requests[request_id] = request
+        self._live.add(request)
         self.metrics.requests_added += 1
 
     def abort(self, request_id: str) -> None:
@@ -146,31 +147,28 @@ class Engine:
 
         Unknown and ended ids are ignored: an abort may cross the request's own end.
         """
-        request = self._requests.get(request_id)
+        request = self._live.requests.get(request_id)
         if request is None:
             return
-        for sample in request.samples:
-            if not sample.output.finished:
-                self._end_sample(request, sample, "abort")
         self.metrics.requests_aborted += 1
-        self._ended.append(self._retire(request))
+        self._ended.append(self._answers.end(request, "abort"))
 
     def has_unfinished(self) -> bool:
         """Whether another `step` may bring outputs, or has page moves to see through."""
         moving = self._pager is not None and self._pager.unfinished
-        return bool(self._requests or self._ended or moving)
+        return bool(self._live.requests or self._ended or moving)
 
     @property
     def num_live_requests(self) -> int:
         """Requests accepted and not ended."""
-        return len(self._requests)
+        return len(self._live.requests)
 
     # For those who look inside and change nothing.
 
     @property
     def requests(self) -> ValuesView[Request]:
         """Those accepted and not ended, in order of arrival."""
-        return self._requests.values()
+        return self._live.requests.values()
 
     @property
     def scheduler(self) -> Scheduler:
@@ -257,12 +255,12 @@ class Engine:
                 "cached": self._pool.cached, "free": self._pool.free,
                 "page_tokens": self.config.page_tokens,
             },
-            "live_requests": len(self._requests),
+            "live_requests": len(self._live.requests),
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
             "swapped": sum(
                 sample.sequence.swapped and sample.sequence.status is Status.WAITING
-                for _, sample in list(self._samples.values())
+                for _, sample in list(self._live.samples.values())
             ),
             "paging": self._paging_stats(),
             "lending": None if self._lender is None else self._lender.stats(),
@@ -290,9 +288,6 @@ class Engine:
         """Seconds in which the host had nothing to do."""
         return self.metrics.wait_s + (0.0 if self._pager is None else self._pager.wait_s)
 
-    def _lookup(self, sequence: Sequence) -> tuple[Request, Sample]:
-        return self._samples[sequence.seq_id]
-
     def _salt(self, prompt_len: int) -> bytes:
         # With dynamic NTK scaling a prompt past the trained context rotates all its keys by its
         # own length, so only prompts of that length may share pages.
@@ -319,7 +314,7 @@ class Engine:
         metrics.steps += bool(plan.chunks)
         metrics.preemptions += len(plan.preempted)
         for sequence in plan.preempted:
-            self._lookup(sequence)[0].output.metrics.num_preemptions += 1
+            self._live.lookup(sequence)[0].output.metrics.num_preemptions += 1
         metrics.prompt_tokens += sum(
             chunk.count for chunk in plan.chunks if chunk.start < chunk.sequence.prompt_len
         )
@@ -338,114 +333,12 @@ class Engine:
         if self._trace is not None:
             self._trace.taken_in(record, started)
         self._failures_in_row = 0
-        changed: dict[str, Request] = {}
-        if prompt_packed is not None:
-            for rows in record.prompt_rows:
-                self._take_prompt_logprobs(rows, prompt_packed)
-        now = time.monotonic()
-        if packed is not None:
-            tokens = packed[:, 0].tolist()
-            for index, sequence in enumerate(record.rows):
-                if sequence.status is Status.FINISHED:
-                    self.metrics.discarded_tokens += 1
-                    continue
-                request, sample = self._samples[sequence.seq_id]
-                self._take_token(request, sample, tokens[index], packed[index], now)
-                changed[sequence.request_id] = request
-        return [
-            request.output if request.unfinished else self._retire(request)
-            for request in changed.values()
-        ]
-
-    def _take_token(
-        self, request: Request, sample: Sample, token: int, row: np.ndarray, now: float
-    ) -> None:
-        sequence, output = sample.sequence, sample.output
-        if token < 0:
-            request.output.error = "the model produced logits that are not finite (NaN or infinity)"
-            self._end_sample(request, sample, "error")
-            return
-        self._scheduler.accept(sequence, token)
-        metrics = request.output.metrics
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
-        metrics.num_output_tokens += 1
-        metrics.num_cached_tokens = max(metrics.num_cached_tokens, sequence.num_cached_tokens)
-        self.metrics.output_tokens += 1
-        output.token_ids.append(token)
-        params = request.params
-        if params.logprobs is not None:
-            entry = logprobs.unpack_row(row[1:], token, params.logprobs, self.tokenizer)
-            assert output.logprobs is not None and output.cumulative_logprob is not None
-            output.logprobs.append(entry)
-            output.cumulative_logprob += entry[token].logprob
-        self._check_stop(request, sample, token)
-
-    def _check_stop(self, request: Request, sample: Sample, token: int) -> None:
-        """End the sample if this token stops it: stop ids, then stop strings, then length."""
-        output, params = sample.output, request.params
-        count = len(output.token_ids)
-        if token in sample.stop_token_ids and count > params.min_tokens:
-            if token not in self._eos or token in params.stop_token_ids:
-                output.stop_reason = token
-            # As in vLLM, the text ends before a stop token; the ids keep it.
-            self._end_sample(request, sample, "stop")
-            return
-        if sample.detokenizer is not None:
-            stop = sample.detokenizer.append(token)
-            output.text = sample.detokenizer.text
-            if stop is not None:
-                output.stop_reason = stop
-                self._end_sample(request, sample, "stop")
-                return
-        if len(sample.sequence.tokens) >= sample.sequence.max_total_tokens:
-            self._end_sample(request, sample, "length")
-
-    def _end_sample(self, request: Request, sample: Sample, reason: str) -> None:
-        output = sample.output
-        output.finish_reason = reason
-        if sample.detokenizer is not None:
-            stop = sample.detokenizer.finish()
-            output.text = sample.detokenizer.text
-            if stop is not None and reason == "length":
-                output.finish_reason, output.stop_reason = "stop", stop
-        request.unfinished -= 1
-        self._scheduler.finish(sample.sequence)
-        if self._trace is not None:
-            self._trace.ended(sample.sequence, output.finish_reason)
-
-    def _take_prompt_logprobs(self, rows: PromptRows, packed: np.ndarray) -> None:
-        if rows.sequence.status is Status.FINISHED:
-            return
-        request, _ = self._lookup(rows.sequence)
-        output = request.output
-        assert output.prompt_logprobs is not None and request.params.prompt_logprobs is not None
-        for offset in range(rows.count):
-            position = rows.first_position + offset + 1
-            output.prompt_logprobs[position] = logprobs.unpack_row(
-                packed[rows.first_row + offset], output.prompt_token_ids[position],
-                request.params.prompt_logprobs, self.tokenizer,
-            )
-
-    def _retire(self, request: Request) -> RequestOutput:
-        output = request.output
-        output.finished = True
-        output.metrics.finished_time = time.monotonic()
-        del self._requests[output.request_id]
-        for sample in request.samples:
-            del self._samples[sample.sequence.seq_id]
-            self.metrics.recomputed_tokens += sample.sequence.num_lost
-        self.metrics.requests_finished += 1
-        self.metrics.cached_tokens += output.metrics.num_cached_tokens
-        return output
+        return self._answers.take(record, packed, prompt_packed)
 
     def _fail(self, request: Request, why: str) -> RequestOutput:
         request.output.error = why
-        for sample in request.samples:
-            if not sample.output.finished:
-                self._end_sample(request, sample, "error")
         self.metrics.requests_failed += 1
-        return self._retire(request)
+        return self._answers.end(request, "error")
 
     def _recover(self, error: Exception) -> list[RequestOutput]:
         """A failed step consumed the donated pool: start a new one and recompute every sequence."""
@@ -484,7 +377,7 @@ class Engine:
         try:
             if self._pager is not None:
                 self._pager.settle()
-            return [self._fail(request, why) for request in list(self._requests.values())]
+            return [self._fail(request, why) for request in list(self._live.requests.values())]
         finally:
             if self._pager is not None:
                 self._pager.close()

@@ -36,3 +36,32 @@ class Request:
         self.samples.append(sample)
         self.output.outputs.append(sample.output)
         self.unfinished += 1
+
+
+class LiveRequests:
+    """Requests accepted and not ended.
+
+    Attributes:
+      requests: by id, in order of arrival.
+      samples: by number of the sequence, with their request.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+        self.samples: dict[int, tuple[Request, Sample]] = {}
+
+    def add(self, request: Request) -> None:
+        """One more, with all its samples."""
+        self.requests[request.output.request_id] = request
+        for sample in request.samples:
+            self.samples[sample.sequence.seq_id] = (request, sample)
+
+    def remove(self, request: Request) -> None:
+        """It has ended."""
+        del self.requests[request.output.request_id]
+        for sample in request.samples:
+            del self.samples[sample.sequence.seq_id]
+
+    def lookup(self, sequence: Sequence) -> tuple[Request, Sample]:
+        """Of a live sequence."""
+        return self.samples[sequence.seq_id]

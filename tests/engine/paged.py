@@ -115,7 +115,7 @@ def paged_engine(
         pager = Pager(planner, stores, runner.kv, verify=verify, devices=devices)
         engine._runner = Runner(
             programs, params, runner._make_kv,
-            jnp.array(random, runner.kv.dtype, device=sharding), spec, engine._lookup, pager,
+            jnp.array(random, runner.kv.dtype, device=sharding), spec, engine._live.lookup, pager,
         )
         engine._pager = pager
         pages = engine._pool.allocate(spare)

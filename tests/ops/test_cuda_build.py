@@ -40,8 +40,9 @@ TARGETS = ("aqua_attention", "aqua_copy_pages", "aqua_enqueue_moves")
 FUNCTIONS = (
     "AquaAttention", "AquaCopyPages", "AquaEnqueueMoves", "aqua_attention_workspace",
     "aqua_segment_register", "aqua_segment_retire", "aqua_segment_address", "aqua_pool_register",
-    "aqua_pool_close", "aqua_moves_poll", "aqua_moves_drain", "aqua_moves_stop",
-    "aqua_moves_set_delay", "aqua_moves_counters", "aqua_moves_set_device", "aqua_arena_create",
+    "aqua_pool_close", "aqua_moves_poll", "aqua_moves_finished", "aqua_moves_wait",
+    "aqua_moves_drain", "aqua_moves_stop", "aqua_moves_set_delay", "aqua_moves_counters",
+    "aqua_moves_set_device", "aqua_arena_create",
     "aqua_arena_import", "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum",
     "aqua_arena_topology", "aqua_arena_memory", "aqua_host_pin", "aqua_host_unpin",
     "aqua_host_pinned", "aqua_host_copy", "aqua_arena_way", "aqua_arena_devices",
