@@ -176,15 +176,20 @@ def _run(flags: FlagSet) -> int:
         f"{system.name}, {flags.model if system.figures == 'modelled' else 'the recorded model'}, "
         f"pool of {system.num_pages} pages of {system.page_tokens} tokens, {flags.num_requests} "
         f"requests; {system.figures} figures"
-        + (f", medians of {flags.seeds} seeds" if flags.seeds > 1 else "")
     )
+    several_seeds = f", medians of {flags.seeds} seeds" if flags.seeds > 1 else ""
     if folder is not None:
         if len(points) == 1:
             shown = {name: outcome.run for name, outcome in outcomes.items()}
-            files = plots.save_plots(shown, folder, title)
+            of_one = (
+                f", seed {flags.seed}; frontier.png at medians of {flags.seeds} seeds"
+                if several_seeds else ""
+            )
+            files = plots.save_plots(shown, folder, title + of_one, next(iter(points.values())))
         else:
-            files = [sweeps.save_sweep(points, folder, title)]
+            files = [sweeps.save_sweep(points, folder, title + several_seeds)]
         print(*files, sep="\n", file=sys.stderr)
+    title += several_seeds
     if flags.json:
         print(json.dumps(
             {"title": title, "figures": system.figures, "machine": flags.machine,

@@ -61,21 +61,26 @@ class CopyQueue:
 
     def hand_over(self, moves: Iterable[Move], begin: float) -> None:
         """Takes the moves of a step that begins then."""
+        free_at, under_way, number = self._free_at, self._under_way, self._count
         for move in moves:
-            link = self._links[move.store.name]
-            size = move.count * move.store.slot_bytes // self._page_tokens
-            way = (link.store, move.inward and link.duplex)
-            seconds = self.seconds(move)
-            end = max(begin, self._free_at.get(way, 0.0)) + seconds
-            self._free_at[way] = end
+            inward, store = move.inward, move.store
+            link = self._links[store.name]
+            size = move.count * store.slot_bytes // self._page_tokens
+            way = (link.store, inward and link.duplex)
+            seconds = link.copy_s + size / link.bytes_per_s
+            end = free_at.get(way, 0.0)
+            end = (begin if begin > end else end) + seconds
+            free_at[way] = end
             self.busy_s += seconds
-            if move.inward:
-                self._last_arrival = max(self._last_arrival, end)
+            if inward:
+                if end > self._last_arrival:
+                    self._last_arrival = end
                 self.bytes_in += size
             else:
                 self.bytes_out += size
-            heapq.heappush(self._under_way, (end, self._count, move))
-            self._count += 1
+            heapq.heappush(under_way, (end, number, move))
+            number += 1
+        self._count = number
 
     def seconds(self, move: Move) -> float:
         """How long the link is busy with a move."""
