@@ -94,9 +94,10 @@ class Pace:
             self._refused[what] = self._clock()
 
     def begin(self, what: Hashable, size: int) -> None:
-        """A copy for which there was `room` is under way."""
-        self._under_way[what] = size
-        self._used += size
+        """A copy for which there was `room` is under way; counted once if both ends are here."""
+        if what not in self._under_way:
+            self._under_way[what] = size
+            self._used += size
 
     def ended(self, what: Hashable) -> None:
         """A copy has been seen to have ended, or won't be made; unknown ones are ignored."""

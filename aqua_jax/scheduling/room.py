@@ -53,7 +53,9 @@ class Room:
     def spare(self, running: Iterable[Sequence]) -> int:
         """Pages that may be filled for whoever comes next. They can't be had back before they have
         arrived, and room is made a few steps before it is needed: what is fetched ahead must not
-        make anybody go. (Over long slices it did: a fifth of the bytes of Azure's lengths.)"""
+        make anybody go. (Simulated, in sum over twelve seeds, this saves 9% of the bytes of
+        ShareGPT-like lengths over slices of 1,280 steps, 2% of Azure's, and 0.4% to 5% over slices
+        of 5 and 40.)"""
         ahead = AHEAD_STEPS + self._config.move_steps
         return self._pool.available - self.needs(running, ahead)
 

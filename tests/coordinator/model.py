@@ -70,6 +70,7 @@ class World:
         self.content: dict = {}  # (arena, page) -> who wrote last; absent: zero
         self.journals: dict = {}  # arena -> entries
         self.killed: list = []
+        self.asked: dict = {}  # arena of a device's memory -> what its lender is to zero now
         self.births = 0
 
     def born(self, key):
@@ -136,6 +137,8 @@ class World:
         for arena, lent in process.lent.items():
             if arena in self.ledger.arenas:
                 self.ledger.resume(key, arena, spans(lent.pages))
+                self.ledger.scrub_again(arena)
+                self.asked.pop(arena, None)
             else:
                 self.ledger.restore(
                     key, arena, lent.terms, spans(lent.pages), self.journals[arena]
@@ -148,8 +151,40 @@ class World:
         """The coordinator is killed and another one starts."""
         first = 1 + max([self.ledger._number, *self.ledger.ranges, *self.ledger.arenas])
         self.ledger = Ledger(lambda: self.now, first=first, **self.options)
+        self.asked.clear()
         for process in self.processes.values():
             process.connected = False
+
+    def ask_to_zero(self, most):
+        """Lenders of devices' memory that are there are asked, for one range of an arena each."""
+        ledger = self.ledger
+        due = {
+            a.id for a in ledger.arenas.values()
+            if a.terms.on_device and a.dirty.total and not a.scrubbing.total
+            and ledger.clients[a.producer].connected
+        }
+        found = ledger.dirty_on_device(most)
+        assert {scrub.arena for scrub in found} == due
+        for scrub in found:
+            arena = ledger.arenas[scrub.arena]
+            assert scrub.client == arena.producer and 0 < scrub.end - scrub.start <= most
+            assert list(arena.scrubbing) == [(scrub.start, scrub.end)]
+            self.asked[scrub.arena] = scrub
+
+    def zeroed(self, arena):
+        """A lender has zeroed what it was asked to, and says so."""
+        scrub = self.asked.pop(arena)
+        for page in pages([(scrub.start, scrub.end)]):
+            self.content.pop((arena, page), None)
+        self.ledger.scrubbed_by(scrub.client, arena, scrub.number)
+
+    def can_zero(self):
+        """Arenas whose lenders have been asked to zero something, and can."""
+        return [
+            number for number, scrub in self.asked.items()
+            if number in self.ledger.arenas and scrub.client in self.processes
+            and self.processes[scrub.client].connected
+        ]
 
     def check(self):
         """Nothing that anybody believes contradicts anything else."""

@@ -166,8 +166,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(key=KEYS, size=st.integers(1, 6 * PAGE), unit=st.sampled_from([PAGE, 2 * PAGE, 1000]),
           pieces=st.integers(1, 3), part=st.integers(1, 3), priority=st.integers(0, 2),
           prefer=st.sampled_from([(), ("cuda",), ("host", "cuda")]),
+          kinds=st.sampled_from([(), ("cuda",), ("cuda",)]), avoid=st.sets(st.integers(0, 3)),
           heard=st.sampled_from([True, True, True, False]))
-    def borrows(self, key, size, unit, pieces, part, priority, prefer, heard):
+    def borrows(self, key, size, unit, pieces, part, priority, prefer, kinds, avoid, heard):
         world = self.world
         minimum = -(-size // part)
         if not self._alive(key):
@@ -177,15 +178,19 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         world.ledger.renew(key)
         world.settle()
+        there = list(world.ledger.arenas)
+        unreached = {there[index] for index in avoid if index < len(there)}
         free = {
             a.id: pages(a.free) for a in world.ledger.arenas.values()
-            if a.producer != key and a.lent <= a.limit
+            if a.producer != key and a.lent <= a.limit and a.id not in unreached
+            and (a.terms.kind == "host" or kinds)
             and world.processes.get(a.producer) and world.processes[a.producer].connected
             and not world.ledger.clients[a.producer].expired
         }
         held = sum(r.held.total for r in world.ledger.ranges.values() if r.owner == key)
         answer = world.ledger.borrow(
-            key, size, unit=unit, pieces=pieces, minimum=minimum, prefer=prefer, priority=priority
+            key, size, unit=unit, pieces=pieces, minimum=minimum, prefer=prefer, priority=priority,
+            kinds=kinds, avoid=unreached,
         )
         if isinstance(answer, Refused):
             assert answer.free == sum(map(len, free.values())) * PAGE
@@ -330,8 +335,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(most=st.integers(1, PAGES))
     def starts_zeroing(self, most):
         taken = self.world.ledger.next_dirty(most * PAGE)
-        dirty = any(a.dirty.total for a in self.world.ledger.arenas.values())
+        arenas = self.world.ledger.arenas
+        dirty = any(a.dirty.total for a in arenas.values() if a.terms.kind == "host")
         assert taken is not None or not dirty
+        assert taken is None or arenas[taken[0]].terms.kind == "host", "the host can't reach it"
         if taken is not None:
             self.scrubbing.append(taken)
 
@@ -343,6 +350,27 @@ class LedgerMachine(RuleBasedStateMachine):
             self.world.content.pop((arena, page), None)
         self.world.ledger.scrubbed(arena, start, end)
 
+    @rule(most=st.integers(1, PAGES))
+    def lenders_are_asked_to_zero(self, most):
+        self.world.ask_to_zero(most * PAGE)
+
+    @precondition(lambda self: self.world.asked)
+    @rule(data=st.data(), key=KEYS, off=st.sampled_from([0, -1, 1]))
+    def a_lender_says_that_it_has_zeroed(self, data, key, off):
+        """Only who was asked, under the number of what it was asked last, and once."""
+        world = self.world
+        arena = data.draw(st.sampled_from(sorted(world.asked)))
+        scrub = world.asked[arena]
+        if (key, off) != (scrub.client, 0):
+            before = self._state()
+            with self._refuses(LedgerError):
+                world.ledger.scrubbed_by(key, arena, scrub.number + off)
+            assert self._state() == before
+        if arena in world.can_zero():
+            world.zeroed(arena)
+            with self._refuses(LedgerError):
+                world.ledger.scrubbed_by(scrub.client, arena, scrub.number)
+
     @rule()
     def zeroes_everything(self):
         while self.scrubbing:
@@ -352,6 +380,11 @@ class LedgerMachine(RuleBasedStateMachine):
             self.scrubbing.append(taken)
             self.ends_zeroing()
             taken = self.world.ledger.next_dirty(PAGES * PAGE)
+        self.world.ask_to_zero(PAGES * PAGE)
+        while able := self.world.can_zero():
+            for arena in able:
+                self.world.zeroed(arena)
+            self.world.ask_to_zero(PAGES * PAGE)
 
     @rule(back=st.permutations([1, 2, 3, 4]), count=st.integers(0, 4))
     def restarts(self, back, count):

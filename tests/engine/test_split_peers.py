@@ -41,8 +41,8 @@ from tests.scale import at_scale
 
 PART = PAGE_BYTES // 2
 SETTINGS = {"policy": "fair", "slice_steps": 8, "tensor_parallel": 2}
-# Of random schedules: of a lender that takes back, changes its mind, is killed; changed pages.
-SEEDS = range(2, at_scale(5, 80))
+# Of random schedules: of a lender that takes back, changes its mind, is killed, of several.
+SEEDS = range(2, at_scale(6, 80))
 
 
 @pytest.fixture(autouse=True)
@@ -268,10 +268,13 @@ def test_random_schedules_say_the_same(folder):
     """As those of one lender, beside a second one that stays."""
     scale = dataclasses.replace(SCALE, page_bytes=PART)
     settings = {"deterministic": True, "tensor_parallel": 2}
-    with tiny_engine(folder, kv_cache_tokens=16384, policy="fcfs", **settings) as roomy:
+    path = new_name()
+    with coordinator(path, "--term_s=5", "--metrics_port=0"), tiny_engine(
+        folder, kv_cache_tokens=16384, policy="fcfs", **settings
+    ) as roomy:
         catalogue = Catalogue(requests(), roomy)
         for seed in SEEDS:
-            schedule = Schedule(seed, scale, catalogue.requests)
+            schedule = Schedule(seed, scale, catalogue.requests, path)
             wanted = catalogue.answers(schedule.chosen)
             schedule.settings["host_kv_memory"] *= 2
             with lending(64 * PART) as second:

@@ -138,3 +138,19 @@ def test_a_copy_in_parts_keeps_to_every_pace(seed):
                 del under_way[what]
     assert admitted > 20 and refused > 0
     assert joint.congested == any(pace.congested for pace in paces)
+
+
+def test_a_copy_between_two_places_of_a_lender_counts_once_and_ends_once():
+    pace = Pace(10 * 4096, 4096, clock=lambda: now[0])
+    now = [0.0]
+    first, second = (JointPace([(pace, 2048)], 4096) for _ in range(2))
+    for turn in range(50):
+        now[0] += 1.0
+        assert first.room(4096)
+        for joint in (first, second):
+            joint.begin(turn, 4096)
+        assert pace._used == 2048
+        for joint in (first, second):
+            joint.ended(turn)
+    now[0] += 1.0
+    assert first.room(4096) and pace._used == 0

@@ -11,7 +11,9 @@ import random
 from typing import Any
 
 from aqua_jax.coordinator.intervals import Intervals
+from aqua_jax.memory.arena import round_up
 from aqua_jax.memory.pace import Pace
+from aqua_jax.memory.split import SplitStore
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.residency import Residency
@@ -22,8 +24,8 @@ SLOT_BYTES = 4096
 class FakeLease:
     """What `PeerStore` needs of a lease, and a lender's moods."""
 
-    def __init__(self, slots: int) -> None:
-        self.size = slots * SLOT_BYTES
+    def __init__(self, slots: int, slot_bytes: int = SLOT_BYTES) -> None:
+        self.size = round_up(slots * slot_bytes)
         self.held = Intervals([(0, self.size)])
         self.alive = True
         self.keep = self.size
@@ -47,6 +49,14 @@ def peer_store(slots: int, page_tokens: int, pace: Pace | None = None) -> PeerSt
     """Memory of a lender that isn't there."""
     lease: Any = FakeLease(slots)
     return PeerStore(lease, SLOT_BYTES, page_tokens, pace=pace)
+
+
+def split_store(slots: int, page_tokens: int, pace: Pace | None = None) -> SplitStore:
+    """Memory of two lenders that aren't there, with half of each slot."""
+    half = SLOT_BYTES // 2
+    leases: list[Any] = [FakeLease(slots, half), FakeLease(slots + 3, half)]
+    parts = [PeerStore(lease, half, page_tokens, pace=pace) for lease in leases]
+    return SplitStore(parts, (0, 1), page_tokens)
 
 
 def host_store(slots: int, page_tokens: int) -> HostStore:
@@ -134,8 +144,8 @@ class FakeCopies:
 
     def _shift(self, shift: Shift) -> None:
         """From slot to slot; nobody else may have either of them."""
-        assert shift.source.lost or shift.source.address(shift.slot) >= 0
-        assert shift.target.lost or shift.target.address(shift.place) >= 0
+        assert shift.source.lost or shift.source.spans(shift.slot)
+        assert shift.target.lost or shift.target.spans(shift.place)
         for store, slot, offset in list(self._contents):
             if (store, slot) == (shift.source, shift.slot.id):
                 here = self._contents[store, slot, offset]

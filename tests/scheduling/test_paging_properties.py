@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqua_jax.memory.pace import Pace
+from aqua_jax.memory.split import SplitStore
 from aqua_jax.memory.stores import PeerStore
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
 from aqua_jax.paging.prefix import PrefixCache
@@ -24,7 +25,13 @@ from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Status
 from aqua_jax.scheduling.slices import SliceConfig
 from tests.scale import scaled
-from tests.scheduling.fake_copies import SLOT_BYTES, FakeCopies, host_store, peer_store
+from tests.scheduling.fake_copies import (
+    SLOT_BYTES,
+    FakeCopies,
+    host_store,
+    peer_store,
+    split_store,
+)
 from tests.scheduling.fake_device import FakeEngine
 
 
@@ -52,6 +59,7 @@ class Case:
     failures: float
     slowness: float
     lender: str
+    lenders: int  # that each have a part of every slot
     paced: int  # pages that lenders let be copied in a tenth of a second; 0: any number
     resets: float
     seed: int
@@ -70,8 +78,9 @@ def cases() -> st.SearchStrategy[Case]:
         max_moves=st.sampled_from([1, 3, 100]), write_behind=st.sampled_from([0, 1, 8]),
         page_price=st.sampled_from([1e-3, 1e-3, 1.0]),
         failures=st.sampled_from([0.0, 0.0, 0.1, 0.7]), slowness=st.sampled_from([0.0, 0.3, 0.7]),
-        lender=st.sampled_from(["calm", "wants", "dies"]), paced=st.sampled_from([0, 0, 1, 5]),
-        resets=st.sampled_from([0.0, 0.0, 0.03]), seed=st.integers(0, 2**32),
+        lender=st.sampled_from(["calm", "wants", "dies"]), lenders=st.sampled_from([1, 1, 2]),
+        paced=st.sampled_from([0, 0, 1, 5]), resets=st.sampled_from([0.0, 0.0, 0.03]),
+        seed=st.integers(0, 2**32),
     )
 
 
@@ -89,14 +98,14 @@ class Run:
         self.case, self.rng = case, random.Random(case.seed)
         evictable = FarthestNextUse() if case.farthest else LeastRecentlyUsed()
         self.pool = pool or PagePool(case.num_pages, case.page_tokens, evictable)
-        self.peers: list[PeerStore] = []
+        self.peers: list[PeerStore | SplitStore] = []
         stores: list[Any] = [host_store(case.host_slots, case.page_tokens)]
         self.now = 0.0
         self.pace: Pace | None = None
         if case.paced:
             self.pace = Pace(10 * case.paced * SLOT_BYTES, SLOT_BYTES, clock=lambda: self.now)
         if case.peer_slots:
-            self.peers.append(peer_store(case.peer_slots, case.page_tokens, self.pace))
+            self.peers.append(self.lent(case.peer_slots))
         stores = [*self.peers, *stores]
         self.stores = list(stores)
         self.residency = Residency(self.pool, stores)
@@ -166,10 +175,15 @@ class Run:
             engine.recover()
         self.live = [s for s in self.live if s.status is not Status.FINISHED]
 
+    def lent(self, slots: int) -> PeerStore | SplitStore:
+        """A store in others' memory."""
+        make = peer_store if self.case.lenders == 1 else split_store
+        return make(slots, self.case.page_tokens, self.pace)
+
     def annoy(self) -> None:
         """The lenders' moods; some go, and others come."""
         for peer in list(self.peers):
-            lease: Any = peer.lease
+            lease: Any = self.rng.choice(peer.parts).lease
             if self.rng.random() < 0.05:
                 if self.case.lender == "dies" and self.rng.random() < 0.3:
                     lease.alive = False
@@ -182,7 +196,7 @@ class Run:
                 peer.close()
         if self.case.peer_slots and len(self.peers) < 3 and self.rng.random() < 0.02:
             slots = self.rng.randrange(1, 12)
-            self.peers.append(peer_store(slots, self.case.page_tokens, self.pace))
+            self.peers.append(self.lent(slots))
             self.residency.tiers.add(self.peers[-1])
             self.stores.append(self.peers[-1])
 
@@ -235,7 +249,8 @@ def test_with_room_in_a_store_nothing_is_computed_twice(policy: str) -> None:
         policy=policy, page_tokens=4, num_pages=16, peer_slots=0, host_slots=400, max_num_seqs=8,
         max_step_tokens=32, growth_tokens=4, prefix_caching=False, farthest=True, run_ahead=1,
         num_requests=20, abort_rate=0.0, slice_steps=4, max_moves=100, write_behind=8,
-        page_price=1e-3, failures=0.0, slowness=0.2, lender="calm", paced=0, resets=0.0, seed=1,
+        page_price=1e-3, failures=0.0, slowness=0.2, lender="calm", lenders=1, paced=0, resets=0.0,
+        seed=1,
     )
     run = Run(case)
     for _ in range(case.num_requests):
