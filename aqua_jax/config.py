@@ -198,7 +198,8 @@ class EngineConfig:
     lend: Literal["off", "auto"] = "off"
     coordinator: str = ""  # its socket (`aqua-jax coordinator`); with lend
     # Bytes of the KV memory that may be lent at most; None: three quarters. Every request must fit
-    # into the rest.
+    # into the rest. On a GPU: bytes outside XLA's share, beside the KV memory in it; None: all that
+    # is free there, less a margin.
     lend_kv_memory: int | None = None
     lend_reserve: float = 0.1  # share of the KV memory kept beside what requests may come to need
     lend_hold_s: float = 10.0  # seconds before less need is believed: memory isn't lent sooner

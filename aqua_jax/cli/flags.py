@@ -137,7 +137,8 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
         )
         flags.size(
             "lend_kv_memory", None, "Part of the KV memory that may be lent at most; every request "
-            "must fit into the rest; default: three quarters.",
+            "must fit into the rest; default: three quarters. On a GPU: beside it, outside XLA's "
+            "share (device_memory_fraction); default: what is free there.",
         )
         flags.number(
             "lend_reserve", default["lend_reserve"], "Share of the KV memory kept free beside what "

@@ -228,8 +228,9 @@ class Ledger(Recovery):
         whole("pieces", pieces, 1, MOST_PIECES)
         whole("priority", priority, -1000, 1000)
         least = whole("minimum", size if minimum is None else minimum, 1, size)
-        for kind in prefer:
-            label("prefer", kind, 32)
+        for field, named in (("prefer", prefer), ("kinds", kinds)):
+            for kind in named:
+                label(field, kind, 32)
         quota = self._quotas.get(client.name, self._quota)
         mine = sum(found.held.total for found in self._of(key))
         # Pieces whose units aren't whole pages are rounded up.

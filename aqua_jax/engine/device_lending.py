@@ -1,7 +1,9 @@
-"""A GPU's memory to lend, for a process that does nothing else with it: `aqua-jax lend --device`.
+"""A GPU's memory to lend.
 
-In segments, each allocated and given back by itself, for memory of a GPU can't be returned in
-parts. jax is not started: no share of the GPU goes to XLA's allocator.
+For a process that does nothing else with it (`aqua-jax lend --device`): in segments, each allocated
+and given back by itself, for memory of a GPU can't be returned in parts. jax is not started, so no
+share of the GPU goes to XLA's allocator. And for an engine that lends pages it doesn't need: the
+same as extents at consecutive addresses, outside XLA's share.
 """
 
 from __future__ import annotations
@@ -69,6 +71,47 @@ class GpuSegment:
             os.close(self._arena.fd)
             self._arena.fd = -1
         self._arena.close()
+
+
+class LendableGpuMemory:
+    """Extents of equal size at consecutive addresses of a GPU; as `memory.lendable.LendableMemory`.
+
+    Attributes:
+      base: where the first one starts; constant.
+      size: bytes of all.
+      extents: in order.
+    """
+
+    def __init__(self, extents: int, extent_bytes: int, ordinal: int) -> None:
+        """
+        Args:
+          extents: how many, >= 1.
+          extent_bytes: of each, a multiple of `device_arena.unit`.
+          ordinal: of the GPU.
+
+        Raises:
+          ConfigError: field `bytes`: the memory isn't there.
+        """
+        self.size = extents * extent_bytes
+        try:
+            device = device_arena.identity(ordinal).uuid
+            arenas = DeviceArena.create_row(extents, extent_bytes, ordinal)
+        except ArenaError as error:
+            raise ConfigError("bytes", self.size, f"what the GPU can give ({error})") from error
+        self.base = arenas[0].address
+        self.extents = [GpuSegment(arena, device) for arena in arenas]
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return not self.base
+
+    def close(self) -> None:
+        """Gives it back to the GPU; nobody here may use it any more. May be repeated."""
+        if self.base:
+            self.base = 0
+            for extent in self.extents:
+                extent.close()
 
 
 class Gpu:

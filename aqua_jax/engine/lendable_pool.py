@@ -17,11 +17,15 @@ import jax
 from absl import logging
 
 from aqua_jax.config import EngineConfig
+from aqua_jax.engine import device_mapping
+from aqua_jax.engine.device_lending import LendableGpuMemory
 from aqua_jax.engine.lending import EngineLender
+from aqua_jax.engine.platform import device_memory
 from aqua_jax.engine.request import Request, Sample
 from aqua_jax.errors import AquaError, ConfigError
 from aqua_jax.memory.arena import PAGE
 from aqua_jax.memory.lendable import LendableMemory
+from aqua_jax.ops import device_arena
 from aqua_jax.ops.moves import Segment
 from aqua_jax.ops.spaces import Space
 from aqua_jax.paging.pages import Evictable
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 # Extents: so many, or more where they would be larger than this.
 _EXTENTS, _LARGEST = 16, 256 << 20
 _SHARE = 0.75  # of all pages, that may be lent if nobody says how many
+# Of what a GPU has free outside XLA's share, left to contexts, libraries and XLA's own needs there.
+_GPU_MARGIN = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +78,56 @@ def split(pages: int, page_bytes: int, lendable: int, unit: int = PAGE) -> Split
     return Split(pages - extents * length, extents, length)
 
 
+def _on_host(
+    config: EngineConfig, pages: int, page_bytes: int
+) -> tuple[Split, LendableMemory]:
+    """A part of the pool's memory."""
+    lendable = config.lend_kv_memory
+    if lendable is None:
+        lendable = int(pages * _SHARE) * page_bytes
+    found = split(pages, page_bytes, lendable)
+    if found is None:
+        raise ConfigError(
+            "lend_kv_memory", config.lend_kv_memory,
+            f"a part of the KV memory, {pages} pages of {page_bytes} bytes, in whole pages of "
+            f"the system, of {PAGE}",
+        )
+    try:
+        return found, LendableMemory(found.extents, found.extent_pages * page_bytes)
+    except ConfigError as error:
+        raise ConfigError("kv_cache_memory", pages * page_bytes, error.allowed) from error
+
+
+def _on_gpu(
+    config: EngineConfig, pages: int, page_bytes: int
+) -> tuple[Split, LendableGpuMemory]:
+    """Memory outside XLA's share of the GPU, beside the pool's."""
+    if config.tensor_parallel > 1:
+        raise ConfigError(
+            "lend", config.lend, "off on several GPUs: a page lies on all of them, and is lent of "
+            "one"
+        )
+    device = jax.local_devices()[0]
+    ordinal = device.local_hardware_id or 0
+    room = max(0, (device_memory(device).for_arenas or 0) - _GPU_MARGIN)
+    lendable = room if config.lend_kv_memory is None else config.lend_kv_memory
+    allowed = (
+        f"at least a few pages of {page_bytes} bytes, and at most {room}: what is free beside "
+        "XLA's share of the GPU (device_memory_fraction), less a margin"
+    )
+    extra = lendable // page_bytes
+    unit = device_arena.unit(ordinal)
+    found = split(pages + extra, page_bytes, extra * page_bytes, unit)
+    if found is None or lendable > room:
+        raise ConfigError("lend_kv_memory", config.lend_kv_memory, allowed)
+    # What is left over by rounding is no page: XLA's array keeps the size that fits there.
+    found = dataclasses.replace(found, reserve=pages)
+    try:
+        return found, LendableGpuMemory(found.extents, found.extent_pages * page_bytes, ordinal)
+    except ConfigError as error:
+        raise ConfigError("lend_kv_memory", lendable, error.allowed) from error
+
+
 class LendablePool:
     """Memory, its registration for the device's handlers, and the way to the coordinator."""
 
@@ -89,26 +145,21 @@ class LendablePool:
         """
         from aqua_jax.memory.producer import Producer  # needs gRPC, which only lenders have
 
-        if jax.default_backend() != "cpu":
-            raise ConfigError("lend", config.lend, "off: only memory of the host can be lent yet")
+        backend = jax.default_backend()
+        if backend not in ("cpu", "gpu"):
+            raise ConfigError("lend", config.lend, f"off on the platform {backend}")
         if attention != "ffi":
             raise ConfigError("lend", config.lend, f"off with attention {attention}, which can't "
                               "reach memory of ours")
-        lendable = config.lend_kv_memory
-        if lendable is None:
-            lendable = int(pages * _SHARE) * page_bytes
-        found = split(pages, page_bytes, lendable)
-        if found is None:
-            raise ConfigError(
-                "lend_kv_memory", config.lend_kv_memory,
-                f"a part of the KV memory, {pages} pages of {page_bytes} bytes, in whole pages of "
-                f"the system, of {PAGE}",
-            )
-        self.split, self._config = found, config
-        try:
-            self._memory = LendableMemory(found.extents, found.extent_pages * page_bytes)
-        except ConfigError as error:
-            raise ConfigError("kv_cache_memory", pages * page_bytes, error.allowed) from error
+        self._config = config
+        self._memory: LendableMemory | LendableGpuMemory
+        domain = ""
+        if backend == "cpu":
+            self.split, self._memory = _on_host(config, pages, page_bytes)
+        else:
+            self.split, self._memory = _on_gpu(config, pages, page_bytes)
+            domain = device_mapping.domain()
+        found = self.split
         self._segment = Segment(
             # By address: a view that the segment kept alive would outlive the mapping.
             (ctypes.c_uint8 * self._memory.size).from_address(self._memory.base)
@@ -117,7 +168,8 @@ class LendablePool:
         try:
             self._producer = Producer(
                 config.coordinator, self._memory.extents, name=f"engine {os.getpid()}",
-                unit=page_bytes, cap=config.lend_bandwidth, deadline_s=config.lend_deadline_s,
+                domain=domain, unit=page_bytes, cap=config.lend_bandwidth,
+                deadline_s=config.lend_deadline_s,
             )
         except AquaError as error:
             self._segment.retire()
@@ -128,7 +180,8 @@ class LendablePool:
             ) from error
         logging.info(
             "%d of %d pages may be lent, in extents of %d",
-            pages - found.reserve, pages, found.extent_pages,
+            found.extents * found.extent_pages,
+            found.reserve + found.extents * found.extent_pages, found.extent_pages,
         )
 
     @property

@@ -172,7 +172,7 @@ def _build(
 
     kv = make_kv()
     spaces = None if lent is None else _spaces(lent.space, kv, shards)
-    if sized and sized.programs.spec == spec:
+    if sized and sized.programs.spec == spec and spaces is None:
         programs = sized.programs
     else:
         programs = Programs(graphdef, params, kv, spec, spaces, shards)

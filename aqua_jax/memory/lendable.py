@@ -74,6 +74,8 @@ class Extent:
       size: bytes, whole pages.
     """
 
+    kind, device = "host", ""
+
     def __init__(self, address: int, size: int, name: str) -> None:
         """Allocates it and maps it at `address`, inside a range that is reserved.
 

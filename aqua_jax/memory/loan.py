@@ -101,9 +101,17 @@ class Held:
 
 
 class Lendable(Protocol):
-    """Memory that can be lent: an `Arena`, or an extent of a `LendableMemory`."""
+    """Memory that can be lent: an `Arena`, or an extent of a `LendableMemory`.
+
+    Attributes:
+      size: bytes.
+      kind: of memory.
+      device: that it is on, by a name that all processes know; "" for the host's.
+    """
 
     size: int
+    kind: str
+    device: str
 
     @property
     def fd(self) -> int:

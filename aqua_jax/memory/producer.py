@@ -150,7 +150,8 @@ class Producer:
             if lending is None:
                 # Nothing of it at first: an answer that comes too late then lends nothing.
                 lending = self._client.lend(
-                    memory, [], name=self._name, cap=self._cap, scrub=self._scrub
+                    memory, [], name=self._name, kind=memory.kind, device=memory.device,
+                    cap=self._cap, scrub=self._scrub,
                 )
                 self._lendings[extent] = lending
             lending.lend(start, end - start)

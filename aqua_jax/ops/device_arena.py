@@ -50,6 +50,10 @@ def _native() -> ctypes.CDLL:
         ("aqua_arena_checksum", i32, [i64, u64, u64, out_u64]),
         ("aqua_arena_topology", i32, [i32, i32, ctypes.POINTER(i64)]),
         ("aqua_arena_memory", i32, [i32, out_u64, out_u64]),
+        ("aqua_arena_unit", u64, [i32]),
+        ("aqua_arena_create_row", i32, [
+            i32, i32, u64, out_u64, ctypes.POINTER(i64), ctypes.POINTER(i32),
+        ]),
     ):
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
@@ -110,6 +114,26 @@ class DeviceArena:
             f"an arena of {nbytes} bytes on GPU {device}",
         )
         return cls(identity, device, size.value, address.value, fd.value)
+
+    @classmethod
+    def create_row(cls, count: int, nbytes: int, device: int = 0) -> list[DeviceArena]:
+        """Allocates `count` arenas of `nbytes`, a multiple of `unit`, at consecutive addresses.
+
+        As `create`; each may be lent, mapped and closed by itself. The addresses stay reserved
+        until all of them are closed.
+
+        Raises:
+          ArenaError: there is no driver, or not so much memory, or no descriptors of it.
+        """
+        base = ctypes.c_uint64()
+        ids, fds = (ctypes.c_int64 * count)(), (ctypes.c_int32 * count)()
+        _require(
+            _native().aqua_arena_create_row(device, count, nbytes, base, ids, fds),
+            f"{count} arenas of {nbytes} bytes on GPU {device}",
+        )
+        return [
+            cls(ids[i], device, nbytes, base.value + i * nbytes, fds[i]) for i in range(count)
+        ]
 
     @classmethod
     def map(cls, fd: int, nbytes: int, device: int | Sequence[int] = 0) -> DeviceArena:
@@ -176,6 +200,15 @@ class DeviceArena:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def unit(device: int) -> int:
+    """Bytes that sizes of arenas are multiples of, usually 2 MiB.
+
+    Raises:
+      ArenaError: there is no such GPU.
+    """
+    return int(_require(_native().aqua_arena_unit(device), f"GPU {device}"))
 
 
 def memory(device: int) -> tuple[int, int] | None:

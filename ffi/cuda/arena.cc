@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -24,8 +25,18 @@ using aqua::cuda::OnDevice;
 // seen through the mapping of the arena of this process that it is.
 enum class Way { kVirtual, kIpcMade, kIpcOpened, kIpcOurs };
 
+// Addresses without memory, until nobody needs them.
+struct Addresses {
+  CUdeviceptr base = 0;
+  size_t size = 0;
+  ~Addresses() {
+    if (base != 0) driver().unreserve(base, size);
+  }
+};
+
 struct Arena {
   std::vector<int> devices;  // that may use it; the first one scrubs
+  std::shared_ptr<Addresses> range;  // that it is mapped in, if it is kVirtual
   CUdeviceptr address = 0;
   size_t size = 0;
   Way way = Way::kVirtual;
@@ -36,7 +47,7 @@ struct Arena {
 constexpr int kMostDevices = 16;
 
 std::mutex lock;
-std::map<int64_t, Arena> arenas;
+auto& arenas = *new std::map<int64_t, Arena>;  // never destroyed: the driver may end before us
 int64_t next_id = 1;
 thread_local std::string last_error;
 
@@ -88,10 +99,21 @@ bool has_descriptors(int32_t device) {
   return true;
 }
 
-// Maps `arena->handle` for its devices; what was begun is undone if it fails.
+// Reserves addresses.
+std::shared_ptr<Addresses> reserve(size_t size) {
+  auto found = std::make_shared<Addresses>();
+  if (!ok(driver().reserve(&found->base, size, 0, 0, 0), "reserving addresses")) return nullptr;
+  found->size = size;
+  return found;
+}
+
+// Maps `arena->handle` for its devices, where it has addresses already or anywhere; what was begun
+// is undone if it fails.
 bool map(Arena* arena) {
-  if (!ok(driver().reserve(&arena->address, arena->size, 0, 0, 0), "reserving addresses")) {
-    return false;
+  if (arena->range == nullptr) {
+    arena->range = reserve(arena->size);
+    if (arena->range == nullptr) return false;
+    arena->address = arena->range->base;
   }
   if (ok(driver().map(arena->address, arena->size, 0, arena->handle, 0), "mapping")) {
     std::vector<CUmemAccessDesc> access(arena->devices.size());
@@ -106,7 +128,7 @@ bool map(Arena* arena) {
     }
     driver().unmap(arena->address, arena->size);
   }
-  driver().unreserve(arena->address, arena->size);
+  arena->range.reset();
   return false;
 }
 
@@ -154,14 +176,20 @@ bool clear(const Arena& arena) {
          stream.wait();
 }
 
+size_t unit_of(int32_t device) {
+  const CUmemAllocationProp wanted = properties(device);
+  size_t unit = 0;
+  return ok(driver().granularity(&unit, &wanted, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+            "granularity")
+             ? unit
+             : 0;
+}
+
 // Memory of the driver's virtual memory, exported as a descriptor of itself.
 bool create_virtual(Arena* arena, uint64_t bytes, int32_t* fd) {
   const CUmemAllocationProp wanted = properties(arena->devices.front());
-  size_t unit = 0;
-  if (!ok(driver().granularity(&unit, &wanted, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-          "granularity")) {
-    return false;
-  }
+  const size_t unit = unit_of(arena->devices.front());
+  if (unit == 0) return false;
   if (bytes > UINT64_MAX - unit) return fail("size: too large");
   arena->size = (bytes + unit - 1) / unit * unit;
   if (!ok(driver().create(&arena->handle, arena->size, &wanted, 0), "allocating")) return false;
@@ -172,7 +200,7 @@ bool create_virtual(Arena* arena, uint64_t bytes, int32_t* fd) {
       return true;
     }
     driver().unmap(arena->address, arena->size);
-    driver().unreserve(arena->address, arena->size);
+    arena->range.reset();
   }
   driver().release(arena->handle);
   return false;
@@ -261,6 +289,43 @@ int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64
   return keep(arena);
 }
 
+uint64_t aqua_arena_unit(int32_t device) {
+  const OnDevice on(device);
+  return ready(on) ? unit_of(device) : 0;
+}
+
+int32_t aqua_arena_create_row(int32_t device, int32_t count, uint64_t bytes, uint64_t* base,
+                              int64_t* ids, int32_t* fds) {
+  const OnDevice on(device);
+  if (!ready(on)) return 0;
+  if (!has_descriptors(device)) return fail("this driver can't export memory as descriptors");
+  const size_t unit = unit_of(device);
+  if (unit == 0) return 0;
+  if (count < 1 || bytes == 0 || bytes % unit != 0 || bytes > UINT64_MAX / count) {
+    return fail("allowed: at least one arena, of multiples of " + std::to_string(unit) + " bytes");
+  }
+  const std::shared_ptr<Addresses> range = reserve(bytes * count);
+  if (range == nullptr) return 0;
+  for (int32_t i = 0; i < count; ++i) {
+    Arena arena;
+    arena.devices = {device};
+    arena.range = range;
+    arena.address = range->base + i * bytes;
+    if (create_virtual(&arena, bytes, fds + i)) {
+      ids[i] = keep(arena);
+      continue;
+    }
+    const std::string why = last_error;
+    while (--i >= 0) {
+      close(fds[i]);
+      aqua_arena_close(ids[i]);
+    }
+    return fail(why);
+  }
+  *base = range->base;
+  return 1;
+}
+
 int64_t aqua_arena_import(const int32_t* devices, int32_t count, int32_t fd, uint64_t size,
                           uint64_t* address) {
   if (count < 1 || count > kMostDevices) return fail("devices: allowed: 1 to 16");
@@ -304,9 +369,9 @@ int32_t aqua_arena_close(int64_t id) {
     case Way::kVirtual:
       break;
   }
+  // The addresses go with the last arena in them, when `arena` ends.
   const bool unmapped = ok(driver().unmap(arena.address, arena.size), "unmapping");
-  const bool freed = unmapped && ok(driver().unreserve(arena.address, arena.size), "addresses");
-  return ok(driver().release(arena.handle), "releasing") && freed;
+  return ok(driver().release(arena.handle), "releasing") && unmapped;
 }
 
 int32_t aqua_arena_scrub(int64_t id, uint64_t offset, uint64_t bytes) {

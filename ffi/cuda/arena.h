@@ -21,6 +21,16 @@ const char* aqua_arena_error();
 int64_t aqua_arena_create(int32_t device, uint64_t bytes, uint64_t* size, uint64_t* address,
                           int32_t* fd);
 
+// What sizes of arenas of a device are multiples of; 0 on an error.
+uint64_t aqua_arena_unit(int32_t device);
+
+// Makes `count` arenas of `bytes` each, a multiple of the unit, at consecutive addresses from *base
+// on, as aqua_arena_create does each; their ids and descriptors go to `ids` and `fds`. Only where
+// memory can be exported as descriptors. The addresses stay reserved until all have been closed.
+// 1 or 0; all or nothing.
+int32_t aqua_arena_create_row(int32_t device, int32_t count, uint64_t bytes, uint64_t* base,
+                              int64_t* ids, int32_t* fds);
+
 // Maps another process's arena of `size` bytes for use by `count` (1 to 16) devices, which must be
 // able to reach the GPU it is on. The descriptor stays the caller's. Returns an id (> 0), or 0.
 int64_t aqua_arena_import(const int32_t* devices, int32_t count, int32_t fd, uint64_t size,

@@ -46,6 +46,12 @@ def _bad_messages(loan):
     for number in (loan.arena, 0, 2**64 - 1):
         yield {"unregister": messages.Unregister(arena=number)}
         yield {"reclaim": messages.Reclaim(arena=number, limit=0, revoke=False)}
+        for told in (0, 1, 2**64 - 1):
+            yield {"scrubbed": messages.Scrubbed(arena=number, number=told)}
+    one = {"bytes": PAGE, "unit": 1, "pieces": 1, "minimum": 1}
+    yield {"borrow": messages.Borrow(kinds=["x"] * 99, **one)}
+    yield {"borrow": messages.Borrow(kinds=["x\n"], **one)}
+    yield {"borrow": messages.Borrow(avoid=range(1 << 17), **one)}
     yield {"hello": messages.Hello(name="again")}
     yield {"hello": messages.Hello(key=5, name="somebody")}
     yield {}

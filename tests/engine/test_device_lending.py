@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from aqua_jax.engine import device_mapping
-from aqua_jax.engine.device_lending import Gpu
+from aqua_jax.config import EngineConfig
+from aqua_jax.engine import device_mapping, lendable_pool
+from aqua_jax.engine.device_lending import Gpu, LendableGpuMemory
 from aqua_jax.engine.device_mapping import GpuMapper
+from aqua_jax.engine.platform import DeviceMemory
 from aqua_jax.errors import ArenaError, ConfigError
 from aqua_jax.ops import device_arena
 from aqua_jax.ops.device_arena import Identity, Link
@@ -69,3 +72,37 @@ def test_gpus_that_cannot_be_reached_are_named(monkeypatch):
 def test_where_a_gpu_is():
     where = Identity("GPU-x", "ffff:ff:1f.7").domain
     assert where == "ffff:ff:1f.7", "no such device: no node of memory is known"
+
+
+@pytest.mark.parametrize(("page_bytes", "unit", "asked", "room"), [
+    (4 << 20, 2 << 20, 8 << 30, 20 << 30), (512 << 10, 2 << 20, None, 7 << 30),
+    (3 << 19, 2 << 20, 1 << 30, 2 << 30), (1 << 20, 2 << 20, 2 << 20, 1 << 30),
+])
+def test_what_an_engine_lends_of_a_gpu_lies_beside_its_pool(
+    monkeypatch, page_bytes, unit, asked, room
+):
+    """The driver's answers stand in for a GPU: sizes of extents, and XLA's array as it was."""
+    made = []
+    memory = DeviceMemory(limit=0, free=room + lendable_pool._GPU_MARGIN, total=80 << 30)
+    monkeypatch.setattr(lendable_pool, "device_memory", lambda device: memory)
+    monkeypatch.setattr(device_arena, "unit", lambda ordinal: unit)
+    monkeypatch.setattr(lendable_pool, "LendableGpuMemory", lambda *sizes: made.append(sizes))
+    config = EngineConfig(
+        model="m", lend="auto", coordinator="@none", policy="fair", lend_kv_memory=asked
+    )
+    found, _ = lendable_pool._on_gpu(config, 1000, page_bytes)
+    ((extents, extent_bytes, ordinal),) = made
+    assert found.reserve == 1000 and ordinal == 0
+    assert (extents, extent_bytes) == (found.extents, found.extent_pages * page_bytes)
+    assert extent_bytes % unit == 0 and extents * extent_bytes <= (asked or room)
+    assert extents * extent_bytes > 0.9 * (asked or room)
+    for more in (room + 1, page_bytes - 1):
+        with pytest.raises(ConfigError, match=r"lend_kv_memory: got .* beside XLA's share"):
+            lendable_pool._on_gpu(dataclasses.replace(config, lend_kv_memory=more), 9, page_bytes)
+
+
+def test_without_a_gpu_nothing_is_lent_of_one():
+    with pytest.raises(ConfigError, match=r"bytes: got .*what the GPU can give"):
+        LendableGpuMemory(4, 2 << 20, 0)
+    with pytest.raises(ArenaError):
+        device_arena.unit(0)

@@ -107,6 +107,7 @@ def test_only_who_can_map_it_gets_it(running, lender):
 
 def test_it_is_mapped_once_and_unmapped_with_the_last_lease(running, lender):
     mapper = Mapper("GPU-a")
+    wait_for(lambda: lender.scrubbed, "its lender has a thread for that")
     with leftovers() as left, Client(running.path, mappers={"cuda": mapper}) as client:
         one, two = client.borrow(MIB)[0], client.borrow(2 * MIB)[0]
         assert len(mapper.mapped) == mapper.open == 1

@@ -46,7 +46,7 @@ FUNCTIONS = (
     "aqua_arena_import", "aqua_arena_close", "aqua_arena_scrub", "aqua_arena_checksum",
     "aqua_arena_topology", "aqua_arena_memory", "aqua_host_pin", "aqua_host_unpin",
     "aqua_host_pinned", "aqua_host_copy", "aqua_arena_way", "aqua_arena_devices",
-    "aqua_arena_identity", "aqua_kernels_preload",
+    "aqua_arena_identity", "aqua_kernels_preload", "aqua_arena_unit", "aqua_arena_create_row",
 )
 LAYERS, TOKENS, SEQUENCES, MOVES = 3, 64, 8, 4
 LOAD = """
