@@ -85,7 +85,8 @@ def open_tiers(
             opened.callback(borrowing.close)
             stores += borrowing.open()
             if not stores:
-                logging.warning("nobody at %s lends anything now; asking on", config.peer)
+                who = "nobody at" if len(set(config.peers)) == 1 else "not each of"
+                logging.warning("%s %s lends anything now; asking on", who, config.peer)
         host = _host(config, pages, page_bytes)
         if host is not None:
             stores.append(opened.enter_context(host))
