@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Between two looks of an engine that has nothing to step, if it borrows or lends: that long a lender
-# may wait. A look takes 0.1 ms of a processor, waking up included.
+# Between two looks of an engine that has nothing to step, if it borrows or lends: that long a
+# lender may wait. A look takes 0.1 ms of a processor, waking up included.
 _TEND_EVERY_S = 0.05
 
 
