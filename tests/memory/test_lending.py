@@ -387,7 +387,7 @@ def test_somebody_who_says_nothing_is_dropped(bystander, monkeypatch):
     with Raw(bystander[0].path, hello=False) as raw:
         raw.socket.sendall(b"\x10")
         assert raw.hear() == {"type": "end"}
-    assert bystander[0].said("said nothing")
+    wait_for(lambda: bystander[0].said("said nothing"))
 
 
 def test_many_connections_leave_nothing_and_too_many_are_turned_away(bystander):
