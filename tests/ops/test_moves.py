@@ -315,6 +315,23 @@ def test_stale_segments():
         pool.check()
 
 
+def test_waiting_for_some_moves_and_counting_all_that_ended():
+    kv = full_pool(8)
+    with MovePool.of(kv) as pool, Segment(bytearray(8 * PAGE)) as segment:
+        batch = MoveBatch(8, pool)
+        tickets = batch.copy_out(range(8), segment, np.arange(8) * PAGE)
+        before = moves.finished()
+        assert not moves.wait(tickets, 0.01) and moves.finished() == before  # not dispatched
+        assert moves.wait(tickets[:0], 0.0)
+        moves.set_delay(3, 3000)
+        kv = only_moves(kv, batch)
+        assert moves.wait(tickets[:2], 30)
+        assert (moves.poll(tickets[:2])[0] == Status.DONE).all()
+        assert moves.wait(tickets, 30) and moves.drain(30)
+        assert moves.finished() == before + 8
+        assert (moves.poll(tickets)[0] == Status.DONE).all()
+
+
 def test_a_forgotten_segment_keeps_its_memory_until_copies_end():
     kv = full_pool(7)
     with MovePool.of(kv) as pool:
