@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, ValuesView
+from collections.abc import Callable, Reversible
 from typing import Any
 
 import jax
@@ -166,7 +166,7 @@ class Engine:
     # For those who look inside and change nothing.
 
     @property
-    def requests(self) -> ValuesView[Request]:
+    def requests(self) -> Reversible[Request]:
         """Those accepted and not ended, in order of arrival."""
         return self._live.requests.values()
 
@@ -244,8 +244,9 @@ class Engine:
         self.close()
 
     def stats(self, *, bounds: bool = True) -> dict[str, Any]:
-        """Counters, pool use, what is compiled and which implementations are in use; with the bound
-        on waiting, if wanted: it costs 1 us for each live sequence."""
+        """Counters, pool use, what is compiled and which implementations are in use. Without
+        `bounds`, nothing that costs by the live sequence: how many are swapped, and the bound on
+        waiting, 1 us for each of them; these are None."""
         programs = self._runner.programs
         bound = self._scheduler.waiting_bound(run_ahead=_RUN_AHEAD) if bounds else None
         return {
@@ -258,7 +259,7 @@ class Engine:
             "live_requests": len(self._live.requests),
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
-            "swapped": sum(
+            "swapped": None if not bounds else sum(
                 sample.sequence.swapped and sample.sequence.status is Status.WAITING
                 for _, sample in list(self._live.samples.values())
             ),

@@ -1,16 +1,23 @@
 """A look at everything alive inside an engine, for people. Runs on the engine's thread.
 
-One pass over the live samples and their pages, between two steps. What isn't there (a policy
-without vruntime, no tier below the pool) is null.
+Looked at are the samples that a step may have changed since the last look: those that run or ran
+then, those that have given way since, those whose pages are on their way. All others cost a
+comparison: of 2,000 live samples of which 64 run, a look takes in a hundred or two. What isn't
+there (a policy without vruntime, no tier below the pool, a slice without end) is None.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from typing import Any
 
 from aqua_jax.engine.engine import Engine
-from aqua_jax.scheduling.sequence import Status
+from aqua_jax.engine.request import Request
+from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.policies import Policy
+from aqua_jax.scheduling.sequence import Sequence, Status
 
 COLUMNS = (
     "request", "sample", "user", "state", "prompt_tokens", "output_tokens", "computed_tokens",
@@ -18,50 +25,220 @@ COLUMNS = (
     "preemptions",
 )
 
+Key = tuple[str, int]  # request and sample: the first two columns
+Row = tuple[Any, ...]
+
+_STATE, _SWAPPED = COLUMNS.index("state"), "swapped"
+_NOTHING: Row = (None,) * len(COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What has changed.
+
+    Attributes:
+      number: of this look, rising.
+      rows: by request and sample, those that are new or have changed; states "running", "waiting"
+        or "swapped", pages in a store counted whether or not the pool has them as well, "arrived"
+        in seconds of `time.monotonic()`. New ones come in order of arrival.
+      gone: those that have ended; a key may have come again and be in `rows` as well.
+      users: vruntime by name of those for whom it has changed; None: nothing of them is alive.
+      stats: `Engine.stats()` without the bound on waiting.
+      time: of `time.monotonic()`.
+    """
+
+    number: int
+    rows: dict[Key, Row]
+    gone: tuple[Key, ...]
+    users: dict[str, float | None]
+    stats: dict[str, Any]
+    time: float
+
+
+class _Entry:
+    """A live sample as it was when it was looked at."""
+
+    __slots__ = ("copies", "fixed", "preemptions", "request", "row", "sequence", "settled")
+
+    def __init__(self, request: Request, sequence: Sequence) -> None:
+        self.request, self.sequence = request, sequence
+        self.fixed = (sequence.request_id, sequence.sample_index, sequence.user)
+        self.row: Row = _NOTHING
+        self.settled = False  # it waits, and nothing of it is under way
+        self.preemptions = 0
+        self.copies = 0
+
+    @property
+    def key(self) -> Key:
+        return self.fixed[:2]
+
+
+class Inspector:
+    """Looks at one engine again and again."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._entries: dict[int, _Entry] = {}  # by sequence
+        self._users: dict[str, dict[_Entry, None]] = {}  # who is alive of them
+        self._vruntimes: dict[str, float] = {}
+        self._newest = -1  # sequence known
+        self._seen = self._unseen = 0  # requests; of the latter nothing but that they were
+        self._swapped = 0
+        self._shifts = 0  # of copies from store to store, when last looked
+        # Not taken by whoever asks.
+        self._rows: dict[Key, Row] = {}
+        self._gone: dict[Key, None] = {}
+        self._changed: dict[str, float | None] = {}
+
+    def look(self, engine: Engine, taken: int = 0) -> Look:
+        """What has changed since look number `taken`, if that was the last one, or else since an
+        earlier one that was taken: an answer that got lost costs nothing but its repetition.
+
+        Args:
+          engine: the same one each time.
+          taken: number of the look that arrived last; 0: none did.
+        """
+        if taken == self._number:
+            self._rows, self._gone, self._changed = {}, {}, {}
+        self._number += 1
+        residency, policy = engine.scheduler.residency, engine.scheduler.policy
+        looked_at = self._touched(residency)
+        for entry in looked_at:
+            if entry.sequence.status is Status.FINISHED:
+                self._drop(entry)
+        brief = self._add(engine, looked_at)
+        # Users whose vruntime may have changed, and whether it is known already.
+        touched = dict.fromkeys(self._users, False) if brief else {}
+        touched.update((entry.fixed[2], False) for entry in looked_at)
+        for entry in looked_at:
+            if entry.sequence.status is not Status.FINISHED:
+                self._look_at(entry, policy, residency, touched)
+        for user, known in touched.items():
+            if not known:
+                self._ask(user, policy)
+        return Look(
+            self._number, self._rows, tuple(self._gone), self._changed,
+            {**engine.stats(bounds=False), "swapped": self._swapped}, time.monotonic(),
+        )
+
+    def _touched(self, residency: Residency | None) -> list[_Entry]:
+        """Those known that may have changed."""
+        waiting = Status.WAITING
+        entries = self._entries.values()
+        if residency is None:
+            return [
+                entry for entry in entries
+                if not entry.settled or entry.sequence.preemptions != entry.preemptions
+                or entry.sequence.status is not waiting
+            ]
+        counters, copies = residency.counters, residency.copies
+        shifts = counters.relocated + counters.climbed
+        lost = any(store.lost for store in residency.tiers)  # until its copies are given up
+        everything, self._shifts = lost or shifts != self._shifts, shifts
+        return [
+            entry for entry in entries
+            if not entry.settled or entry.sequence.preemptions != entry.preemptions
+            or entry.sequence.status is not waiting
+            or len(copies(entry.sequence)) != entry.copies or (everything and entry.copies)
+        ]
+
+    def _add(self, engine: Engine, looked_at: list[_Entry]) -> bool:
+        """Appends those that are new, in order of arrival; whether others came and went."""
+        new: list[Request] = []
+        for request in reversed(engine.requests):
+            if request.samples[0].sequence.seq_id <= self._newest:
+                break
+            new.append(request)
+        self._seen += len(new)
+        before, self._unseen = self._unseen, engine.metrics.requests_added - self._seen
+        brief = self._unseen != before
+        for request in reversed(new):
+            for sample in request.samples:
+                sequence = sample.sequence
+                self._newest = sequence.seq_id
+                if sequence.status is Status.FINISHED:
+                    brief = True
+                else:
+                    entry = self._entries[sequence.seq_id] = _Entry(request, sequence)
+                    self._users.setdefault(sequence.user, {})[entry] = None
+                    looked_at.append(entry)
+        return brief
+
+    def _drop(self, entry: _Entry) -> None:
+        user = entry.fixed[2]
+        del self._entries[entry.sequence.seq_id]
+        self._swapped -= entry.row[_STATE] == _SWAPPED
+        del self._users[user][entry]
+        if not self._users[user]:
+            del self._users[user]
+        self._rows.pop(entry.key, None)
+        self._gone[entry.key] = None
+
+    def _look_at(
+        self, entry: _Entry, policy: Policy, residency: Residency | None, touched: dict[str, bool]
+    ) -> None:
+        sequence, request = entry.sequence, entry.request
+        metrics = request.output.metrics
+        running = sequence.status is Status.RUNNING
+        first = metrics.first_token_time
+        ttft = None if first is None else round(first - metrics.arrival_time, 4)
+        vruntime = slice_left = peer = host = None
+        standing = policy.standing(sequence)
+        if standing is not None:
+            vruntime = round(standing.vruntime, 4)
+            if standing.slice_left != math.inf:
+                slice_left = round(standing.slice_left, 4)
+            self._account(sequence.user, standing.user_vruntime)
+            touched[sequence.user] = True
+        under_way = running or sequence.num_inflight > 0
+        if residency is not None:
+            copies = residency.copies(sequence)
+            names = [copy.store.name for copy in copies if copy.tokens]
+            peer = names.count("peer")
+            host = len(names) - peer
+            entry.copies = len(copies)
+            under_way = under_way or len(names) < len(copies)
+        # The first token may be a sibling's; a fork may join the queue later, and again.
+        siblings = len(request.samples) > 1 and (ttft is None or sequence.preemptions == 0)
+        entry.settled = not (under_way or siblings)
+        entry.preemptions = sequence.preemptions
+        prompt = sequence.prompt_len
+        row = (
+            *entry.fixed,
+            "running" if running else _SWAPPED if sequence.swapped else "waiting",
+            prompt, len(sequence.tokens) - prompt, sequence.num_computed,
+            round(metrics.arrival_time, 4), ttft, vruntime, slice_left, len(sequence.pages), peer,
+            host, sequence.preemptions,
+        )
+        if row != entry.row:
+            self._swapped += (row[_STATE] == _SWAPPED) - (entry.row[_STATE] == _SWAPPED)
+            entry.row = self._rows[entry.key] = row
+
+    def _ask(self, user: str, policy: Policy) -> None:
+        """Of a user of whom something has ended, and nothing else was looked at."""
+        entry = next(iter(self._users.get(user, ())), None)
+        if entry is not None:
+            standing = policy.standing(entry.sequence)
+            if standing is not None:
+                self._account(user, standing.user_vruntime)
+        elif self._vruntimes.pop(user, None) is not None:
+            self._changed[user] = None
+
+    def _account(self, user: str, vruntime: float) -> None:
+        if self._vruntimes.get(user) != vruntime:
+            self._vruntimes[user] = vruntime
+            self._changed[user] = round(vruntime, 4)
+
 
 def inspect(engine: Engine) -> dict[str, Any]:
-    """What `/debug/state` shows.
+    """Everything, as a first look finds it.
 
     Returns:
-      "columns": names; "rows": a list a live sample, in order of arrival, states "running",
-      "waiting" or "swapped", pages in a store counted whether or not the pool has them as well,
-      "arrived" and "time" in seconds of `time.monotonic()`, a "slice_left" without end infinite;
-      "users": vruntime by name; "stats": `Engine.stats()` without bounds.
+      "columns": names; "rows": a list a live sample, in order of arrival; "users", "stats", "time":
+      as in `Look`.
     """
-    policy, residency = engine.scheduler.policy, engine.scheduler.residency
-    none: int | None = None if residency is None else 0
-    users: dict[str, float] = {}
-    running, finished = Status.RUNNING, Status.FINISHED
-    rows = []
-    for request in engine.requests:
-        metrics = request.output.metrics
-        arrived, first = metrics.arrival_time, metrics.first_token_time
-        ttft = None if first is None else first - arrived
-        for sample in request.samples:
-            sequence = sample.sequence
-            if sequence.status is running:
-                state = "running"
-            elif sequence.status is finished:
-                continue
-            else:
-                state = "swapped" if sequence.swapped else "waiting"
-            vruntime = slice_left = None
-            standing = policy.standing(sequence)
-            if standing is not None:
-                vruntime, slice_left, users[sequence.user] = standing
-            peer, host = none, none
-            if residency is not None:
-                names = [copy.store.name for copy in residency.copies(sequence) if copy.tokens]
-                peer = names.count("peer")
-                host = len(names) - peer
-            prompt = sequence.prompt_len
-            rows.append((
-                sequence.request_id, sequence.sample_index, sequence.user, state, prompt,
-                len(sequence.tokens) - prompt, sequence.num_computed, arrived, ttft, vruntime,
-                slice_left, len(sequence.pages), peer, host,
-                sequence.preemptions,
-            ))
+    look = Inspector().look(engine)
     return {
-        "columns": COLUMNS, "rows": rows, "users": users, "stats": engine.stats(bounds=False),
-        "time": time.monotonic(),
+        "columns": COLUMNS, "rows": list(look.rows.values()), "users": look.users,
+        "stats": look.stats, "time": look.time,
     }

@@ -84,7 +84,6 @@ class Server:
         self.engine, self.config = engine, config
         self.model = config.served_model_name or model
         self.gate = Gate(config.max_live_requests)
-        self.latencies = Latencies()
         self.draining = False
         self._max_model_len = max_model_len
         self._started = int(time.time())
@@ -92,6 +91,7 @@ class Server:
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "aqua-tokenize")
         self._stats: Snapshot[dict[str, Any]] = Snapshot(engine, lambda inner: inner.stats())
         self._feed = StateFeed(engine, lambda: {"model": self.model, "live": self.gate.live})
+        self.latencies = Latencies(self._feed.ended)
         self._collector = Collector(self.latencies)
         self._registry = CollectorRegistry()
         self._registry.register(self._collector)
@@ -228,14 +228,17 @@ class Server:
 
     async def _follow(self, seen: int | None) -> AsyncGenerator[bytes, None]:
         """A line for each new version, until the server stops."""
+        clock = asyncio.get_running_loop().time
         while not self.draining:
+            began = clock()
             state = await self._feed.get(seen)
             if state is None or state[0] == seen:
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
             seen = state[0]
             yield state[1] + b"\n"
-            await asyncio.sleep(_FOLLOW_EVERY_S)
+            # Looking waits for the end of a step, which isn't to be added to the pause.
+            await asyncio.sleep(max(_LOOK_AGAIN_S, began + _FOLLOW_EVERY_S - clock()))
 
     async def _openapi(self, request: Request) -> Response:
         import aqua_jax

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client.core import (
@@ -80,6 +80,10 @@ class Watch:
                 latencies.gap.observe(max(0.0, now - self._seen_at) / new, new)
             self._tokens, self._seen_at = tokens, now
         if output.finished:
+            if metrics.first_token_time is not None:
+                latencies.on_end(
+                    output.request_id, metrics.first_token_time - metrics.arrival_time
+                )
             if metrics.e2e_s is not None:
                 latencies.whole.observe(metrics.e2e_s)
             if metrics.tpot_s is not None:
@@ -88,9 +92,14 @@ class Watch:
 
 
 class Latencies:
-    """Histograms over requests."""
+    """Histograms over requests.
 
-    def __init__(self) -> None:
+    Args:
+      on_end: called with id and time to first token of a request that has ended.
+    """
+
+    def __init__(self, on_end: Callable[[str, float], None] = lambda name, ttft_s: None) -> None:
+        self.on_end = on_end
         self.first_token = Histogram(_FIRST_TOKEN_S)
         self.gap = Histogram(_GAP_S)
         self.per_token = Histogram(_GAP_S)

@@ -69,12 +69,13 @@ class Page:
         return found["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 30.0) -> Any:
-        """The expression's value once it is true."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < deadline, f"{expression} stays {value!r}"
+        """The expression's value once it is true. The time is that in which this process could
+        look, so that being stopped for a while does no harm."""
+        for _ in range(round(seconds / 0.1)):
+            if value := self.evaluate(expression):
+                return value
             time.sleep(0.1)
-        return value
+        raise AssertionError(f"{expression} stays {value!r}")
 
     def screenshot(self, path: pathlib.Path) -> None:
         """Saves a picture of the tab as PNG."""

@@ -14,55 +14,110 @@ import pytest
 from aqua_jax.config import SamplingParams
 from aqua_jax.engine.async_engine import AsyncEngine
 from aqua_jax.engine.inspect import COLUMNS, inspect
+from aqua_jax.server.changes import Changes
 from aqua_jax.server.feed import StateFeed
-from tests.server.serving import connect, get, serving, text_engine_config
+from tests.server.serving import ask, connect, get, serving, text_engine_config
 
 
-def merge(rows, sent):
-    """What a watcher knows after one more look."""
-    if sent["since"] is None:
-        rows.clear()
-    for key in sent["gone"]:
-        del rows[tuple(key)]
-    for row in sent["rows"]:
-        rows[tuple(row[:2])] = row
+class Watcher:
+    """What somebody knows who asks now and then."""
+
+    def __init__(self):
+        self.rows, self.users, self.seen = {}, {}, None
+
+    def take(self, number, data):
+        sent = json.loads(data)
+        assert sent["version"] == number and sent["since"] in (None, self.seen)
+        if sent["since"] is None:
+            self.rows.clear()
+            self.users.clear()
+        for key in sent["gone"]:
+            del self.rows[tuple(key)]
+        for row in sent["rows"]:
+            self.rows[tuple(row[:2])] = row
+        for user, vruntime in sent["users"].items():
+            self.users[user] = vruntime
+            if vruntime is None:
+                del self.users[user]
+        self.seen = number
+        return sent
 
 
-def test_differences_add_up_to_the_whole(tmp_path):
+class Checked:
+    """An engine of which everything is looked at beside each look of the feed's."""
+
+    def __init__(self, engine):
+        self._engine, self.whole = engine, None
+
+    async def call(self, function):
+        def both(inner):
+            self.whole = inspect(inner)
+            return function(inner)
+
+        return await self._engine.call(both)
+
+
+@pytest.mark.parametrize("settings", [
+    {"policy": "fair"},
+    {"policy": "fair", "kv_cache_tokens": 1200, "slice_steps": 4, "host_kv_memory": 8 << 20},
+])
+def test_differences_add_up_to_the_whole(tmp_path, settings):
     async def run():
-        async with AsyncEngine(text_engine_config(tmp_path, policy="fair")) as engine:
-            feed = StateFeed(engine, lambda: {"model": "m"})
-            feed._snapshot._max_age_s = 0.0
+        async with AsyncEngine(text_engine_config(tmp_path, **settings)) as inner:
+            engine = Checked(inner)
+            feed = StateFeed(engine, lambda: {"model": "m"}, max_age_s=0.0)
 
             async def one(number):
                 await asyncio.sleep(0.02 * number)
                 params = SamplingParams(max_tokens=20 + 17 * number % 90, ignore_eos=True, n=2)
-                async for _ in engine.generate([5 + number] * 30, params, user=f"u{number % 3}"):
+                async for _ in inner.generate([5 + number] * 30, params, user=f"u{number % 3}"):
                     pass
 
             work = asyncio.gather(*(one(number) for number in range(20)))
-            rows, seen, whole, differences, most = {}, None, 0, 0, 0
-            while not work.done() or rows:
-                number, data = await feed.get(seen)
-                sent = json.loads(data)
-                assert sent["version"] == number and sent["since"] in (None, seen)
-                whole += sent["since"] is None
-                differences += sent["since"] is not None
-                merge(rows, sent)
-                seen = number
-                now = feed._versions[number].rows
-                assert {
-                    key: [pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
-                          for value in row]
-                    for key, row in now.items()
-                } == rows
-                most = max(most, len(rows))
+            often, seldom = Watcher(), Watcher()
+            looks, most, starts = 0, 0, set()
+            while not work.done() or often.rows:
+                looks += 1
+                for watcher in (often, seldom) if looks % 5 == 0 else (often,):
+                    sent = watcher.take(*await feed.get(watcher.seen))
+                    starts.add(sent["since"])
+                    whole = engine.whole
+                    assert [tuple(row) for row in watcher.rows.values()] == whole["rows"]
+                    assert watcher.users == whole["users"]
+                most = max(most, len(often.rows))
                 await asyncio.sleep(0.01)
             await work
-            assert whole == 1 and differences > 5 and most > 2
-            assert json.loads((await feed.get(seen - 100))[1])["since"] is None
+            assert len(starts) > 5 and most > 2 and not often.users
+            assert json.loads((await feed.get(often.seen - 10**6))[1])["since"] is None
 
     asyncio.run(run())
+
+
+def test_an_id_that_comes_again_and_what_nobody_saw_are_told_apart():
+    changes = Changes(kept=10)
+    changes.put("a", 1, 1)
+    changes.drop("a", 2)
+    changes.put("a", 2, 2)
+    changes.put("b", 1, 2)
+    changes.drop("b", 3)
+    changes.drop("c", 3)
+    assert changes.gone(1) == ["a"] and list(changes.since(1)) == [("a", 2)]
+    assert changes.gone(2) == ["b"] and list(changes.since(2)) == []
+    assert changes.gone(None) == [] and list(changes.since(None)) == [("a", 2)]
+    for version in range(4, 40):
+        changes.put(version, 0, version)
+        changes.drop(version, version)
+    assert len(changes._gone) <= 10 and len(changes) == 1
+
+
+def test_requests_that_came_and_went_between_two_looks_leave_their_ttft(served):
+    first = json.loads(get(served.port, "/debug/state")[2])
+    assert ask(served.port, "/v1/completions", {"prompt": "fox", "max_tokens": 1})[0] == 200
+    deadline, found = time.monotonic() + 20, []
+    while not found and time.monotonic() < deadline:
+        found = json.loads(get(served.port, f"/debug/state?since={first['version']}")[2])["brief"]
+    assert len(found) == 1 and 0 < found[0] < 20
+    assert json.loads(get(served.port, "/debug/state")[2])["brief"] == []
 
 
 def test_one_version_is_encoded_once_for_all_who_ask(served):
