@@ -52,12 +52,13 @@ class Page:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, url: str) -> None:
-        """Shows `url` in a new tab."""
+    def open(self, url: str, *domains: str) -> None:
+        """Shows `url` in a new tab. Events come of `domains`, or of all that tell of errors and
+        requests."""
         target = self.command("Target.createTarget", url="about:blank")["targetId"]
         attached = self.command("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Runtime", "Log", "Network", "Page"):
+        for domain in domains or ("Runtime", "Log", "Network", "Page"):
             self.command(f"{domain}.enable")
         self.command("Page.navigate", url=url)
         self.wait("document.readyState !== 'loading' && location.href !== 'about:blank'")
