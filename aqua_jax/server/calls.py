@@ -73,7 +73,7 @@ def parse_call(body: bytes, chat: bool) -> Call:
     stream = record.get("stream", False)
     changes = {name: record[name] for name in fields.SAMPLING if name in record}
     samples = changes.get("n", 1)
-    if isinstance(samples, int) and samples > fields.MOST_SAMPLES:
+    if isinstance(samples, int) and not 1 <= samples <= fields.MOST_SAMPLES:
         raise RequestError("n", samples, f"an integer from 1 to {fields.MOST_SAMPLES}")
     if chat:
         changes.update(_chat_limits(record))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pathlib
+import re
 import threading
 import time
 
@@ -12,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aqua_jax.engine.async_engine import AsyncEngine
 from aqua_jax.server.gate import Busy, Gate
-from aqua_jax.server.metrics import Histogram, engine_families, thread_seconds
+from aqua_jax.server.metrics import Collector, Histogram, Latencies, engine_families, thread_seconds
 from aqua_jax.server.snapshots import Snapshot
 from tests.server.serving import (
     ask,
@@ -111,6 +113,14 @@ def test_counters_that_are_not_there_yet_are_left_out():
     assert values["aqua_engine_stat", "paging.bytes_out"] == 6
     assert values["aqua_lender_pages", "far", "wanted"] == 2
     assert values["aqua_lender_bytes_total", "far", "in"] == 8
+
+
+def test_every_metric_is_in_the_document_and_no_other(served):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
+    named = set(re.findall(r"`(aqua_[a-z_]+)", text))
+    collector = Collector(Latencies())
+    collector.stats = {**served.engine.stats(), "swapped": 0, "waiting_bound_steps": 1}
+    assert {family.name for family in collector.collect()} == named
 
 
 def test_thread_seconds_name_our_threads():

@@ -145,7 +145,7 @@ def test_stops_end_an_answer_and_say_which(client):
     [
         ({"temperature": 101}, "temperature", "0 to 100"),
         ({"temperature": "hot"}, "temperature", "number"),
-        ({"n": 0}, "n", ">= 1"),
+        ({"n": 0}, "n", "1 to 128"),
         ({"n": 129}, "n", "128"),
         ({"max_tokens": -1}, "max_tokens", ">= 1"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
