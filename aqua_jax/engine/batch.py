@@ -51,10 +51,16 @@ class VectorLayout:
 
     def fill(self, vector: np.ndarray, *values: list[int]) -> None:
         """Writes the first fields of a host vector, padded with zeros: one conversion in all, for
-        between two steps each NumPy call finds its code out of the caches and takes some 8 us."""
+        between two steps each NumPy call finds its code out of the caches and takes some 8 us.
+
+        Raises:
+          ValueError: a list is longer than its field.
+        """
         flat: list[int] = []
-        for (place, _), value in zip(self.slices.values(), values, strict=False):
+        for (name, (place, _)), value in zip(self.slices.items(), values, strict=False):
             flat += value
+            if len(flat) > place.stop:
+                raise ValueError(f"{name}: got {len(value)}; allowed: {place.stop - place.start}")
             flat += [0] * (place.stop - len(flat))
         vector[: len(flat)] = flat
 
