@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 _TIMEOUT_S = 10.0
+_BUSY_S = 30.0  # that a first look may take: programs are compiled on first use, in a step
 _PLAIN_WIDTH, _PLAIN_HEIGHT = 140, 60
 
 
@@ -32,6 +33,10 @@ def define(flags: FlagSet) -> None:
     with flags.group("Display"):
         flags.number("interval_s", 0.5, "Time between two looks.", 0.05, 3600.0)
         flags.switch("once", False, "Print one look and end, as is done without a terminal.")
+
+
+class BusyError(OSError):
+    """The server has no time to look: its engine compiles, or has died."""
 
 
 class Watcher:
@@ -84,7 +89,8 @@ class Watcher:
         response = self._connection.getresponse()
         body = response.read()
         if response.status != 200:
-            raise OSError(f"status {response.status}: {body[:200].decode('utf-8', 'replace')}")
+            kind = BusyError if response.status == 503 else OSError
+            raise kind(f"status {response.status}: {body[:200].decode('utf-8', 'replace')}")
         try:
             state: dict[str, Any] = json.loads(body)
         except ValueError:
@@ -142,6 +148,18 @@ def _first_key(path: str | None) -> str | None:
     return keys[0]
 
 
+def _first_look(watcher: Watcher) -> dict[str, Any]:
+    """The state, waited for while the server is busy."""
+    end = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return watcher.look()
+        except BusyError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def run(flags: FlagSet) -> int:
     """Shows a server until interrupted.
 
@@ -150,7 +168,7 @@ def run(flags: FlagSet) -> int:
     """
     watcher = Watcher(flags.url, _first_key(flags.api_key_file))
     try:
-        state = watcher.look()
+        state = _first_look(watcher)
         if flags.once or not sys.stdout.isatty():
             time.sleep(min(flags.interval_s, 1.0))
             later = watcher.look()

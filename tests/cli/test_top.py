@@ -12,6 +12,7 @@ import time
 import pytest
 
 from aqua_jax.cli import main as cli
+from aqua_jax.cli import top
 from aqua_jax.cli.board import board, rates, size
 from aqua_jax.engine.inspect import COLUMNS
 from tests.cli.text_model import ROOT, command
@@ -162,3 +163,19 @@ def test_once_prints_one_look(tmp_path, capsys):
     assert f"{served.url}: Connection refused; is `aqua-jax serve`" in capsys.readouterr().err
     assert cli.main(["top", "--url=ftp://x"]) == 2
     assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_server_that_is_busy_at_first_is_waited_for(monkeypatch):
+    class Engine:
+        looks = 0
+
+        def look(self):
+            self.looks += 1
+            if self.looks < 3:
+                raise top.BusyError("status 503: the engine is busy")
+            return {"seen": self.looks}
+
+    assert top._first_look(Engine()) == {"seen": 3}
+    monkeypatch.setattr(top, "_BUSY_S", 0.0)
+    with pytest.raises(OSError, match="busy"):
+        top._first_look(Engine())
