@@ -99,6 +99,34 @@ def test_a_long_prompt_alone(dim):
     assert error_of(case, out, naive(case)[1]) < tolerance(case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_poison_that_no_query_may_see(dim, dtype):
+    """Each head size, with all that no query may see poisoned: other pages, slots not written yet,
+    keys before the window. A product with a zero weight would show it as well."""
+    rng = np.random.default_rng(31)
+    case = make_case(
+        rng, [1, 20, 1], [300, 75, 129], dim=dim, kv_heads=2, group=5, kv_dtype=dtype,
+        page_tokens=16, padding_rows=1,
+    )
+    case.page_table[1, 1] = -1
+    for window, deterministic in ((None, False), (40, False), (40, True)):
+        seen = np.zeros(case.kv.shape[:1] + case.kv.shape[3:4], bool)
+        for s, length in enumerate(case.kv_lens):
+            count = int(case.query_starts[s + 1] - case.query_starts[s])
+            first = 0 if window is None else max(0, int(length) - count + 1 - window)
+            for at in range(first, int(length)):
+                page = case.page_table[s, at // 16]
+                if page >= 0:
+                    seen[page, at % 16] = True
+        expected = naive(case, window=window)[1]
+        poisoned = dataclasses.replace(
+            case, kv=np.where(seen[:, None, None, :, None, None], case.kv, np.nan).astype(dtype)
+        )
+        _, out = poisoned.run("ffi", window=window, deterministic=deterministic)
+        assert error_of(case, out, expected) < tolerance(case), (window, deterministic)
+
+
 def rows_of(case: Case, seq: int, out: np.ndarray) -> np.ndarray:
     return out[case.query_starts[seq] : case.query_starts[seq + 1]]
 

@@ -4,6 +4,10 @@ A pytest plugin (`-p tests.ops.emulated_cuda`) that makes a process use them whe
 use the CPU's. Every thread of a block, barrier, matrix instruction and asynchronous copy is
 emulated (ffi/tests/cuda_emulation), so the tests of the ops see the kernels' real arithmetic and
 synchronisation; what stays unseen is the PTX in ffi/cuda/device.cuh and the hardware.
+
+With AQUA_EMULATED_SANITIZE=1 they are compiled with the address and undefined-behaviour sanitizers,
+which see each access outside an array of XLA's and each 16-byte access that isn't aligned. Such a
+library needs `preloads()` in LD_PRELOAD.
 """
 
 from __future__ import annotations
@@ -23,6 +27,12 @@ from aqua_jax.ops import library
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FFI = ROOT / "ffi"
 FILE = "libaqua_cuda_emulated.so"
+SANITIZE = os.environ.get("AQUA_EMULATED_SANITIZE") == "1"
+# Not of stacks: threads of a block share one, and leave functions without an end.
+SANITIZERS = [
+    "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer", "--param", "asan-stack=0",
+]
 DRIVERS = ("arena.cc", "driver.cc", "legacy_ipc.cc", "topology.cc")
 
 
@@ -40,7 +50,8 @@ def build() -> pathlib.Path:
     digest = hashlib.sha256()
     for path in sorted([*FFI.rglob("*.h"), *FFI.rglob("*.cuh"), *sources()]):
         digest.update(path.read_bytes())
-    folder = ROOT / ".pytest_cache" / "emulated" / digest.hexdigest()[:16]
+    name = digest.hexdigest()[:16] + ("-sanitized" if SANITIZE else "")
+    folder = ROOT / ".pytest_cache" / "emulated" / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -54,21 +65,38 @@ def _compile(folder: pathlib.Path) -> None:
         os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-fPIC", "-DAQUA_EMULATE", "-pthread",
         "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
         "-I", str(FFI / "tests" / "cuda_emulation"), "-isystem", jax.ffi.include_dir(),
+        *(SANITIZERS if SANITIZE else []),
     ]
+
+    plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler's own
 
     def one(path: pathlib.Path) -> pathlib.Path:
         out = folder / (path.stem + ".o")
         command = [*flags, "-x", "c++", "-c", str(path), "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=plain)
         assert done.returncode == 0, done.stderr
         return out
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(one, sources()))
     fresh = folder / (FILE + ".new")
-    link = [flags[0], "-shared", "-pthread", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(fresh)]
-    subprocess.run(link, check=True)
+    link = [
+        flags[0], "-shared", "-pthread", *(SANITIZERS[1:2] if SANITIZE else []), "-Wl,-Bsymbolic",
+        *map(str, objects), "-o", str(fresh),
+    ]
+    subprocess.run(link, check=True, env=plain)
     fresh.rename(folder / FILE)
+
+
+def preloads() -> str:
+    """The sanitizers' libraries, for LD_PRELOAD."""
+    compiler = os.environ.get("CXX", "c++")
+    return ":".join(
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    )
 
 
 def pytest_configure() -> None:

@@ -484,7 +484,7 @@ def test_counters():
         batch.copy_out([0], segment, [0])
         batch.copy_in([1], segment, [0], part=Part(0, 100))
         batch.copy_in([1], segment, [0], checksums=np.array([1], np.uint64))
-        only_moves(kv, batch)
+        kv = only_moves(kv, batch)  # kept: a pool must outlive its copies
         assert moves.drain(30)
     after = moves.counters()
     assert after.handed_over - before.handed_over == after.finished - before.finished == 3
