@@ -29,7 +29,13 @@ class Running:
         self.process = Process(
             "-m", "aqua_jax.cli.main", "coordinator", f"--socket={self.path}", *self.flags
         )
-        wait_for(lambda: self.process.said(f"at {self.path}"), "the coordinator listens", 30.0)
+        listens = f"at {self.path}"
+        ended = self.process.child.poll
+        wait_for(
+            lambda: self.process.said(listens) or ended() is not None, "the coordinator listens",
+            60.0,
+        )
+        assert self.process.said(listens), (ended(), self.process.lines)
 
     def kill(self) -> None:
         """Kills it, without a word."""

@@ -297,7 +297,7 @@ def test_what_is_only_known_at_the_start_names_its_field(tmp_path) -> None:
     lends = {"lend": "auto", "coordinator": path}
     with leftovers() as left, pytest.raises(ConfigError, match=r"^coordinator: .* runs"):
         tiny_engine(tmp_path, **lends)
-    assert not left()
+    wait_for(lambda: not left(), "connections end")
     with pytest.raises(ConfigError, match=r"^lend: .*reference"):
         tiny_engine(tmp_path, attention="reference", **lends)
     with pytest.raises(ConfigError, match=r"^lend_kv_memory: "):
@@ -375,7 +375,7 @@ def test_lending_on_and_off_at_random_changes_no_answer(tmp_path, seed, devices)
             lender._informer.decide = lambda now, load: 0
             wait_for(lambda: engine.tend() or pool.away == 0, "everything is back")
             assert answers(run_all(engine, work)) == expected
-    assert not left()
+    wait_for(lambda: not left(), "connections end")
 
 
 def run_all_slowly(engine, work, rng) -> list:

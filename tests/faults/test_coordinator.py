@@ -252,7 +252,7 @@ def test_short_lives_leave_no_descriptors(path):
                 with Client(path) as client:
                     (loan,) = client.borrow(MIB)
                     loan.write(0, b"x")
-        assert not left()
+        wait_for(lambda: not left(), "gRPC closes what it had open a moment later")
         wait_for(lambda: running.held() == 0 and descriptors(running.process.pid) <= before)
 
 

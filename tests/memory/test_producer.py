@@ -84,7 +84,7 @@ def test_free_extents_come_back_first_then_as_many_as_are_wanted(path):
             loan.give_back(0, UNIT + PAGE)
             other.close()
             wait_for(lambda: owner.has(*EVERYTHING))
-    assert not left()
+    wait_for(lambda: not left(), "connections end")
 
 
 def test_a_unit_comes_back_when_all_of_it_has(path):
