@@ -7,8 +7,8 @@ all stay alive while somebody looks. Printed is processor time as a share of one
 watching processes, and of the server on their behalf (its HTTP thread, less what that takes when
 nobody watches, and the looks that the engine's thread takes). The verdict is about the sum: at two
 redraws a second it is at most --bar. What the browser takes for a blank page is printed and
-subtracted. The page paints its picture at every redraw and its text at every other one. Status 1 if
-a verdict is bad, or if there are fewer than --least redraws a second.
+subtracted. The page paints its picture at every redraw and its text at every fourth one. Status 1
+if a verdict is bad, or if there are fewer than --least redraws a second.
 """
 
 from __future__ import annotations
