@@ -56,7 +56,7 @@ class Load:
     longest: int  # tokens of a sequence, prompt and output
     inverse_share: float  # greatest of samples * (its user's sequences' weight) / weight
     inverse_user_share: float  # all users' weight / the least, / what head starts leave
-    turn_ratio: float  # service of the dearest turn / the cheapest
+    turn_ratio: float  # service of the dearest turn, with its copies / the cheapest
     claims: float = 0.0  # of all users, in turns
 
 

@@ -385,13 +385,15 @@ class Fair:
             turns.append(
                 self.prefill_cost * sequence.prompt_len + config.decode_cost * min(steps, output)
             )
+        switch = float(longest) if dearest is None else dearest(longest, pages)
+        most = self.prefill_cost * longest + config.decode_cost * (steps + switch)
         head_starts = config.decode_cost * _SAVED_HEAD_STARTS * min(steps, _LONG_SLICE)
         users, least = self._users, min(user.weight for user in self._active.values())
         load = Load(
             sequences=len(self._accounts), users=len(self._active), longest=longest,
             inverse_share=max(shares),
             inverse_user_share=users.weight / least / (1.0 - _HEAD_STARTS),
-            turn_ratio=(self.prefill_cost * longest + config.decode_cost * steps) / min(turns),
+            turn_ratio=most / min(turns),
             claims=((len(self._active) - 1) * self._lag() + head_starts) / min(turns),
         )
         chunk = limits.max_chunk_tokens or limits.max_step_tokens
@@ -400,7 +402,7 @@ class Fair:
             prefill_tokens=min(chunk, limits.max_step_tokens - limits.max_num_seqs + 1),
             slice_steps=steps, credit_share=config.credit_share, early_turns=self._early_turns,
             switch_share=slices.recompute_share if slices.slice_steps == "auto" else None,
-            switch_tokens=longest if dearest is None else dearest(longest, pages),
+            switch_tokens=switch,
             overdrawn=self.slices.overdrawn, run_ahead=run_ahead,
         ))
 

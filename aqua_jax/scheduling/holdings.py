@@ -160,16 +160,18 @@ class Holdings:
             self.residency.drop(sequence)
         release_all(self.pool, pages)
 
-    def prefetch(self, sequence: Sequence, spare: int, found: Found | None = None) -> None:
+    def prefetch(self, sequence: Sequence, spare: int, found: Found | None = None) -> int:
         """Begins to copy back pages of the sequence that comes next, into `spare` pages; `found`:
-        what was just found of it, if anybody has looked."""
+        what was just found of it, if anybody has looked. Returns how many pages."""
         if self.residency is None or spare <= 0 or not sequence.swapped or sequence.num_inflight:
-            return
+            return 0
         kept = (found and found.kept) or self._kept(sequence)
         own = sum(home is not None and self.pool.references(home) == 0 for home, _, _ in kept)
-        self.residency.prefetch(kept, spare - own)
+        return self.residency.prefetch(kept, spare - own)
 
-    def write_behind(self, leaving_next: Iterable[Sequence], wanted: int, limit: int) -> None:
+    def write_behind(
+        self, leaving_next: Iterable[Sequence], wanted: int, limit: int
+    ) -> list[tuple[Sequence, int]]:
         """Copies full pages of sequences that will give way soon, so that their places come free at
         once then. Before any count has advanced in this plan: what is copied was computed by
         steps already dispatched.
@@ -178,18 +180,25 @@ class Holdings:
           leaving_next: in the order in which they would go.
           wanted: pages that should come free at once if they go; those of later ones stay.
           limit: most pages to begin copying.
+
+        Returns:
+          Of whom how many pages were begun.
         """
+        begun: list[tuple[Sequence, int]] = []
         if self.residency is None or not self.residency.usable:
-            return
+            return begun
         size = self.pool.page_tokens
         for sequence in leaving_next:
             if limit <= 0 or wanted <= 0:
-                return
+                break
             if self.ready(sequence) and not sequence.complete:
                 full = sequence.num_computed // size * size
                 wanted -= full // size
                 if full > self.residency.backed_tokens(sequence):
-                    limit -= self.residency.back(sequence, sequence.pages, full, limit)
+                    pages = self.residency.back(sequence, sequence.pages, full, limit)
+                    begun.append((sequence, pages))
+                    limit -= pages
+        return begun
 
     def unsaved(self, sequence: Sequence, tokens: int) -> int:
         """Of its first tokens, those that are in no store and not on their way to one."""

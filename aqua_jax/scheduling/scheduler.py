@@ -52,6 +52,7 @@ from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PagePool, release_all
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.ahead import Ahead
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.forks import Queue
@@ -96,6 +97,7 @@ class Scheduler:
         self.holdings = Holdings(pool, prefix, residency)
         self.slots = Slots(config.max_num_seqs)
         self.room = Room(config, policy, self.holdings, self.costs, self.slots)
+        self._ahead = Ahead(config, policy, self.holdings, self.costs, self.room)
         policy.bind(self.costs, self.room.price, None if residency is None else self.room.keeps)
         self.counters = SchedulerCounters()
         self.foresight = False  # whether plans say how long they hold
@@ -439,17 +441,8 @@ class Scheduler:
     def _commit(self, draft: Draft, now: float) -> Plan | None:
         moves: tuple[Move, ...] = ()
         if self.residency is not None:
-            head = self.policy.head(now)
-            if head is not None:
-                spare = self.room.spare(self._running)
-                refused, found = draft.refused
-                self.holdings.prefetch(head, spare, found if head is refused else None)
-            wanted = self.room.reserve(head) - self.pool.available
-            if wanted > 0:
-                self.holdings.write_behind(self.policy.leaving_next(self._running), wanted, min(
-                    self.config.write_behind_pages,
-                    self.costs.pages_within(self.config.write_behind_share),
-                ))
+            head, (refused, found) = self.policy.head(now), draft.refused
+            self._ahead.begin(head, found if head is refused else None, self._running)
             moves = self.residency.take_moves(self.config.max_moves)
         if not draft.chunks and not moves:
             return None

@@ -120,3 +120,22 @@ def test_who_goes_next_is_copied_ahead() -> None:
         ))
         watched.close()
     assert left[1] < left[0] / 2, left
+
+
+@pytest.mark.parametrize("write_behind", [0, 64])
+def test_who_causes_a_copy_pays_for_it_whenever_it_is_made(write_behind: int) -> None:
+    watched = Watched(write_behind=write_behind, slice_steps=12, pages=120)
+    scheduler = watched.history.scheduler
+    charged, serve = 0.0, scheduler.policy.on_service
+
+    def on_service(sequence: Any, *, tokens: int = 0, price: float = 0.0) -> None:
+        nonlocal charged
+        charged += price / scheduler.costs.swap(0, 1)  # of a token, one way
+        serve(sequence, tokens=tokens, price=price)
+
+    scheduler.policy.on_service = on_service  # type: ignore[method-assign]
+    watched.run(400)
+    moved = watched.residency.counters
+    assert moved.prefetched > 0
+    assert charged == pytest.approx(moved.tokens_out + moved.tokens_in, rel=0.05)
+    watched.close()
