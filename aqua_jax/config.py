@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from aqua_jax.errors import ConfigError, FieldError, RequestError
@@ -179,6 +180,9 @@ class EngineConfig:
     policy: Literal["fair", "fcfs", "fcfs_swap", "priority"] = "fair"
     slice_steps: int | None = None  # fair: decode steps of a turn; None: by what a switch costs
     tbt_slo_ms: float = 0.0  # fair: longest gap between tokens aimed at; 0: as short as it goes
+    # fair: shares of users in the machine, by what requests call `user`; others weigh 1. A dict has
+    # no hash; without it configurations keep theirs.
+    user_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     # Bytes of own memory for pages that gave way; 0: none; None: four times the pool, but at most a
     # quarter of what is available.
     host_kv_memory: int | None = None
@@ -261,6 +265,17 @@ class EngineConfig:
         check(
             _is_number(self.tbt_slo_ms) and self.tbt_slo_ms >= 0, "tbt_slo_ms",
             "milliseconds, a number >= 0",
+        )
+        weights = self.user_weights
+        check(
+            isinstance(weights, Mapping) and all(
+                isinstance(user, str) and user != "" and _is_number(weight) and weight > 0
+                for user, weight in weights.items()
+            ), "user_weights", "users' names, not empty, with finite numbers > 0",
+        )
+        check(
+            not weights or self.policy == "fair", "user_weights",
+            f"empty with policy {self.policy}, which doesn't weigh users; weights with fair",
         )
         for field in ("prefix_caching", "deterministic", "verify_pages"):
             check(isinstance(getattr(self, field), bool), field, "true or false")

@@ -47,6 +47,8 @@ def of_policies(policies: Sequence[str], slices: Sequence[int] = ()) -> list[Var
         changes: dict[str, Any] = {"policy": policy}
         if policy not in SWAPPING:
             changes |= _NO_STORES
+        if policy != "fair":
+            changes["user_weights"] = {}
         found.append(Variant(policy, changes))
     return found + [
         Variant(f"fair/{steps}", {"policy": "fair", "slice_steps": steps}) for steps in slices
@@ -79,7 +81,7 @@ def _unlimited(
 ) -> dict[str, Any]:
     """Changes that take away the pressure: a pool for everything, so that nobody gives way."""
     return {
-        "policy": "fcfs", **_NO_STORES,
+        "policy": "fcfs", **_NO_STORES, "user_weights": {},
         "kv_cache_tokens": unlimited_tokens(requests, config, output),
     }
 

@@ -118,8 +118,9 @@ def run(flags: FlagSet) -> int:
     names = _workloads(flags)
     policies = _policies(flags)
     chosen = [*policies, *(["fair"] * bool(flags.slices))]
-    # What is checked together with the policy must fit one of those that run.
-    fitting = next((one for one in chosen if one in SWAPPING), chosen[0])
+    # What is checked together with the policy must fit one of those that run: fair, if it does, for
+    # it alone weighs users.
+    fitting = next((one for one in ("fair", *SWAPPING) if one in chosen), chosen[0])
     for name in ("slice_steps", "tbt_slo_ms"):
         if flags.slices and flags.given(name) and "fair" not in policies:
             raise UsageError(

@@ -17,7 +17,10 @@ from aqua_jax.errors import FieldError
 SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
 
 # Flags that mean something only under some policies.
-POLICY_FLAGS = {"slice_steps": ("fair",), "tbt_slo_ms": ("fair",), "verify_pages": SWAPPING}
+POLICY_FLAGS = {
+    "slice_steps": ("fair",), "tbt_slo_ms": ("fair",), "user_weights": ("fair",),
+    "verify_pages": SWAPPING,
+}
 # Flags that mean something only with --lend.
 LEND_FLAGS = ("lend_reserve", "lend_hold_s", "lend_deadline_s", "lend_bandwidth")
 
@@ -104,6 +107,10 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
         flags.number(
             "tbt_slo_ms", 0.0, "Longest gap between two tokens that --policy=fair aims at, in "
             "milliseconds; 0: as short as it goes.", 0.0, 1e6,
+        )
+        flags.weights(
+            "user_weights", "Shares of users in the machine with --policy=fair, such as "
+            "alice=2,bob=0.5; users not named weigh 1.",
         )
         flags.switch(
             "deterministic", False, "Make a request's tokens independent of its neighbours, chunk "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,12 @@ class FlagSet:
             parsers.SizeParser(low), name, default, text, serializer=parsers.SizeSerializer()
         )
 
+    def weights(self, name: str, text: str) -> None:
+        """A flag that gives names weights, written like alice=2,bob=0.5; none by default."""
+        self._define(
+            parsers.WeightsParser(), name, {}, text, serializer=parsers.WeightsSerializer()
+        )
+
     def choice(self, name: str, default: str | None, choices: Sequence[str], text: str) -> None:
         """A flag that is one of a few words."""
         self._define(parsers.ChoiceParser(choices), name, default, text)
@@ -134,6 +140,8 @@ class FlagSet:
 
     def written(self, name: str, value: Any) -> str:
         """A value of flag `name` as one would write it."""
+        if isinstance(value, Mapping):
+            return parsers.format_weights(value)
         known = name in self._hints and isinstance(self.values[name].parser, parsers.SizeParser)
         return parsers.format_size(value) if known and isinstance(value, int) else str(value)
 
@@ -155,7 +163,7 @@ class FlagSet:
         if flag.boolean:
             shown = "on" if default else "off"
         else:
-            shown = "" if default in (None, [], "") else self.written(name, default)
+            shown = "" if default in (None, [], {}, "") else self.written(name, default)
         text = self._texts[name] + (f" (default: {shown})" if shown else "")
         indent = " " * 8
         return [

@@ -1,10 +1,10 @@
-"""Flag values from text: numbers, sizes, choices, switches. Errors say what is allowed."""
+"""Flag values from text: numbers, sizes, weights, choices, switches. Errors say what is allowed."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
@@ -133,6 +133,49 @@ class NumberParser(flags.ArgumentParser):
     def flag_type(self) -> str:
         """Name of the type in absl's XML help."""
         return "float"
+
+
+def format_weights(weights: Mapping[str, float]) -> str:
+    """`weights` the way `WeightsParser` reads them."""
+    return ",".join(f"{name}={weight}" for name, weight in weights.items())
+
+
+class WeightsParser(flags.ArgumentParser):
+    """Names with a weight each: alice=2,bob=0.5."""
+
+    syntactic_help = "NAME=X[,NAME=X...]"
+
+    def parse(self, argument: str | Mapping[str, float]) -> dict[str, float]:
+        """Weights by name."""
+        if isinstance(argument, Mapping):
+            return dict(argument)
+        found: dict[str, float] = {}
+        for entry in argument.split(","):
+            name, _, text = entry.partition("=")
+            name = name.strip()
+            try:
+                weight = float(text)
+            except ValueError:
+                weight = math.nan
+            if not name or name in found or not 0 < weight < math.inf:
+                raise ValueError(
+                    "allowed: NAME=WEIGHT with commas between, each name once and without = and "
+                    "commas, weights finite numbers > 0, such as alice=2,bob=0.5"
+                )
+            found[name] = weight
+        return found
+
+    def flag_type(self) -> str:
+        """Name of the type in absl's XML help."""
+        return "weights"
+
+
+class WeightsSerializer(flags.ArgumentSerializer):
+    """Writes weights the way `WeightsParser` reads them."""
+
+    def serialize(self, value: Mapping[str, float]) -> str:
+        """Text of `value`."""
+        return format_weights(value)
 
 
 class ChoiceParser(flags.ArgumentParser):

@@ -383,7 +383,7 @@ def _policy(config: EngineConfig) -> Policy:
     slices = SliceConfig(
         slice_steps=config.slice_steps or "auto", tbt_slo_s=config.tbt_slo_ms / 1e3
     )
-    return Fair(FairConfig(slices=slices))
+    return Fair(FairConfig(slices=slices, user_weights=config.user_weights))
 
 
 def _attention(

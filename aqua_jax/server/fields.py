@@ -51,7 +51,7 @@ SAMPLING: dict[str, Schema] = {
     "skip_special_tokens": _FLAG,
 }
 SCHEDULING: dict[str, Schema] = {
-    "user": {**_TEXT, "description": "fairness key: users share the machine equally"},
+    "user": {**_TEXT, "description": "fairness key: users have equal shares unless weighed"},
     "priority": {**_integer(-1000, 1000), "description": "lower runs first"},
     "weight": {**_number(0.001, 1000), "description": "share of the user's service"},
 }

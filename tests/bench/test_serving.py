@@ -22,7 +22,7 @@ from aqua_jax.bench.service import (
 from aqua_jax.bench.serving import Load, compare, table
 from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.bench.variants import of_policies, unlimited_tokens
-from aqua_jax.cli import main
+from aqua_jax.cli import bench, main
 from aqua_jax.config import EngineConfig
 from aqua_jax.errors import ConfigError
 from tests.cli.text_model import run_command
@@ -161,7 +161,8 @@ def test_every_run_has_a_fresh_engine_and_the_same_load():
 
     load = Load(requests_at(0, 0, 90), 32, 9, 9)
     config = EngineConfig(
-        model="m", peer="socket", host_kv_memory=77, policy="fair", trace_events="a.b/out.json"
+        model="m", peer="socket", host_kv_memory=77, policy="fair", trace_events="a.b/out.json",
+        user_weights={"u": 2.0},
     )
     chosen = of_policies(["fcfs", "fair"], [5])
     report, runs = compare(config, chosen, load, 2, make_engine, clock)
@@ -169,6 +170,7 @@ def test_every_run_has_a_fresh_engine_and_the_same_load():
     # The second repeat goes the other way round; fcfs, which recomputes, keeps no pages.
     turn = [("fcfs", None, "", None), ("fair", None, "socket", 77), ("fair", 5, "socket", 77)]
     assert order == turn + turn[::-1]
+    assert [dict(one.user_weights) for one in configs[:3]] == [{}, {"u": 2.0}, {"u": 2.0}]
     assert configs[2].trace_events == "a.b/out.fair-5.1.json"
     assert len({one.trace_events for one in configs}) == 6
     assert all(engine.closed for engine in engines)
@@ -196,7 +198,7 @@ def test_the_floor_and_the_ideal_take_the_pressure_away():
     load = Load(requests_at(0, 0, 0, 0, output=6), 32, 9, 9)
     config = EngineConfig(
         model="m", policy="fair", peer="socket", host_kv_memory=77, kv_cache_tokens=32,
-        max_num_seqs=3,
+        max_num_seqs=3, user_weights={"u": 2.0},
     )
     report, _ = compare(
         config, of_policies(["fcfs", "fair"]), load, 2, make_engine, clock, with_floor=True,
@@ -349,3 +351,12 @@ def test_flags_that_mean_nothing_are_errors_that_name_them(flags, words, capsys)
     assert main.main(["bench", "--model=m", *flags]) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
+
+
+def test_weights_of_users_fit_fair_beside_other_policies(monkeypatch):
+    configs = []
+    monkeypatch.setattr(bench, "_run_load", lambda flags, config, *_: configs.append(config) or 0)
+    flags = ["--users=2", "--policies=fcfs_swap,fair", "--user_weights=user-1=2"]
+    assert main.main(["bench", "--model=m", "--workload=burst", *flags]) == 0
+    assert configs[0].user_weights == {"user-1": 2.0}
+    assert of_policies(["fcfs_swap"])[0].config(configs[0]).user_weights == {}

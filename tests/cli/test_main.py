@@ -11,7 +11,7 @@ import pytest
 from aqua_jax.cli import flags as common
 from aqua_jax.cli import main as cli
 from aqua_jax.cli.flagset import FlagSet, UsageError
-from aqua_jax.cli.parsers import format_size, parse_size
+from aqua_jax.cli.parsers import WeightsParser, format_size, format_weights, parse_size
 from aqua_jax.config import EngineConfig, SamplingParams
 from tests.cli.text_model import run_command
 
@@ -117,6 +117,14 @@ def test_help_is_quick_and_imports_no_jax():
             ("serve", "--model=x", "--slice_steps=8", "--tbt_slo_ms=100"),
             ["--tbt_slo_ms", "--slice_steps=8", "automatic slices"],
         ),
+        (
+            ("serve", "--model=x", "--user_weights=alice=2,bob=0"),
+            ["--user_weights=alice=2,bob=0", "NAME=WEIGHT", "finite numbers > 0"],
+        ),
+        (
+            ("batch", "--model=x", "--input=a", "--output=b", "--user_weights=alice=2"),
+            ["--user_weights", "policy fcfs_swap", "for fair"],
+        ),
         (("serve", "--model=x", "--lend_hold_s=1"), ["--lend_hold_s", "without --lend=auto"]),
         (
             ("serve", "--model=x", "--peer_kv_memory=1MiB"),
@@ -162,6 +170,34 @@ def test_slices_are_automatic_or_a_number(text, steps):
     assert common.engine_config(flags).slice_steps == steps
 
 
+@pytest.mark.parametrize(("text", "weights"), [
+    ("alice=2,bob=0.5", {"alice": 2.0, "bob": 0.5}),
+    ("a b=1e-3", {"a b": 1e-3}),
+    ("alice=3, bob=1", {"alice": 3.0, "bob": 1.0}),
+])
+def test_weights_of_users(text, weights):
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    flags.parse(["--model=m", f"--user_weights={text}"])
+    assert common.engine_config(flags).user_weights == weights
+    assert WeightsParser().parse(format_weights(weights)) == weights
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "alice", "=2", "alice=", "alice=x", "alice=-1", "alice=inf", "alice=nan", "alice=2,",
+     "alice=2,alice=3", "alice==2", "alice=2;bob=1"],
+)
+def test_wrong_weights_of_users_say_flag_value_and_allowed(text):
+    flags = FlagSet()
+    common.define_model_flags(flags)
+    common.define_engine_flags(flags)
+    with pytest.raises(UsageError) as info:
+        flags.parse(["--model=m", f"--user_weights={text}"])
+    assert f"--user_weights={text}: allowed: NAME=WEIGHT" in str(info.value)
+
+
 def test_flags_set_every_field():
     flags = FlagSet()
     common.define_model_flags(flags)
@@ -199,9 +235,10 @@ def test_flags_set_every_field():
     common.define_engine_flags(flags)
     flags.parse([
         "--model=m", "--kv_cache_memory=1.5GiB", "--tbt_slo_ms=5", "--tensor_parallel=2",
+        "--user_weights=a=2",
     ])
     config = common.engine_config(flags)
-    assert config.tensor_parallel == 2
+    assert config.tensor_parallel == 2 and config.user_weights == {"a": 2.0}
     assert (config.kv_cache_memory, config.slice_steps, config.tbt_slo_ms) == (3 << 29, None, 5.0)
 
 
