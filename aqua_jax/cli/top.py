@@ -196,18 +196,19 @@ def _show(watcher: Watcher, state: dict[str, Any], interval_s: float) -> None:
 
     console, screen = Console(), _Screen()
     before, problem = None, ""
+    looked = time.monotonic()
     with (
         stop_signals() as stop,
         Live(screen, console=console, screen=True, auto_refresh=False) as live,
     ):
         while not stop():
-            started = time.monotonic()
             screen.lines = board(state, rates(before, state), console.width, console.height)
             if problem:
                 screen.lines[0] = [(f"lost the server: {problem}; asking again", "bold red")]
             live.refresh()
-            while not stop() and (left := started + interval_s - time.monotonic()) > 0:
+            while not stop() and (left := looked + interval_s - time.monotonic()) > 0:
                 time.sleep(min(left, 0.1))
+            looked = time.monotonic()  # before the answer, which may take a step of the engine
             try:
                 state, before, problem = watcher.look(), state, ""
             except OSError as error:
