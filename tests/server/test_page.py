@@ -145,16 +145,23 @@ def row(number, state="swapped", **changes):
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory):
-    """A page that is shown nothing but what a test shows it."""
-    folder = tmp_path_factory.mktemp("still")
+def window(tmp_path_factory):
+    """A browser, and the address of a server for it."""
+    folder = tmp_path_factory.mktemp("window")
     with serving(text_engine_config(folder)) as served, browser(folder / "profile") as page:
-        page.open(served.url + "/")
-        page.wait("drawn > 0")
-        page.evaluate("Object.defineProperty(document, 'hidden', {value: true}),"
-                      "document.dispatchEvent(new Event('visibilitychange'))")
-        time.sleep(0.2)  # a line may be under way
-        yield page
+        yield page, served.url + "/"
+
+
+@pytest.fixture
+def still(window):
+    """A new page that is shown nothing but what a test shows it."""
+    page, url = window
+    page.open(url)
+    page.wait("drawn > 0")
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true}),"
+                  "document.dispatchEvent(new Event('visibilitychange'))")
+    time.sleep(0.2)  # a line may be under way
+    return page
 
 
 def test_colour_codes_keep_their_shares(still):
@@ -190,6 +197,19 @@ def test_lanes_are_given_back_after_a_minute_and_names_cleared(still):
     show(still, [row("d")], since=1)
     assert still.evaluate("[alive.has('qd/0'), codes[alive.get('qd/0').lane] > 0]") == [True, True]
     assert still.evaluate("free.length + alive.size + ended.length === laneCount")
+
+
+def test_lanes_are_wide_again_a_minute_after_a_burst(still):
+    show(still, [row(n) for n in range(2000)])
+    show(still, [row("x")], since=1, gone=[[f"q{n}", 0] for n in range(2000)])
+    assert still.evaluate("height") == 1  # those of the burst can still be seen
+    show(still, [], since=1, gone=[["qx", 0]])
+    show(still, [row("y")], since=1, ahead=62)
+    show(still, [], since=1, gone=[["qy", 0]])
+    show(still, [], since=1, ahead=62)
+    assert still.evaluate("[laneCount, height]") == [0, 14]
+    show(still, [row("z")], since=1)
+    assert still.evaluate("[laneCount, height]") == [1, 14]
 
 
 def test_first_tokens_are_a_bar_a_strip_whatever_was_missed(still):
