@@ -277,7 +277,8 @@ class Programs:
 
     def _compile(self, key: tuple) -> jax.stages.Compiled:
         function, args, donated = self._program(key)
-        return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*args)
+        return lowered.compile(compiler_options=compiler_options(self._spec.deterministic))
 
     def _program(
         self, key: tuple
@@ -342,6 +343,17 @@ class Programs:
     def _tokens_of(self, vector: jax.Array) -> int:
         fixed = self._spec.forward_layout(0).size
         return (vector.shape[0] - fixed) // 3  # tokens, positions, prompt_lens
+
+
+def compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
+    """What XLA is told beyond its defaults, for the platform in use.
+
+    On a GPU it adds up with atomics where that is faster, and takes whichever implementation of a
+    product was fastest when it tried them: sums in an order that differs from run to run.
+    """
+    if deterministic and jax.default_backend() == "gpu":
+        return {"xla_gpu_deterministic_ops": True}
+    return None
 
 
 def _compilers() -> int:

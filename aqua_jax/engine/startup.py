@@ -167,18 +167,21 @@ def _build(
     opened.callback(tiers.close)
     spec = spec_for(own_pages, tiers.usable)
 
-    def make_kv() -> jax.Array:
-        return jnp.zeros(shape(own_pages), kv_dtype, device=lies)
-
-    kv = make_kv()
-    spaces = None if lent is None else _spaces(lent.space, kv, shards)
+    # Before the pool takes its place: on a GPU the compiler needs memory to try products out.
+    form = jax.ShapeDtypeStruct(shape(own_pages), kv_dtype, sharding=lies)
+    spaces = None if lent is None else _spaces(lent.space, form, shards)
     if sized and sized.programs.spec == spec and spaces is None:
         programs = sized.programs
     else:
-        programs = Programs(graphdef, params, kv, spec, spaces, shards)
+        programs = Programs(graphdef, params, form, spec, spaces, shards)
     warmup_started = time.monotonic()
     programs.warm_up(config.warmup, progress)
     timings["warmup_s"] = time.monotonic() - warmup_started
+
+    def make_kv() -> jax.Array:
+        return jnp.zeros(form.shape, kv_dtype, device=lies)
+
+    kv = make_kv()
     weights = memory_plan.bytes_on(params.values(), device)
     plan = memory_plan.MemoryPlan(
         library.platform(), device.device_kind, weights, num_pages * page_bytes // len(devices),
@@ -229,7 +232,7 @@ def _build(
     )
 
 
-def _spaces(space: Space, kv: jax.Array, shards: Shards | None) -> Spaces:
+def _spaces(space: Space, kv: jax.ShapeDtypeStruct, shards: Shards | None) -> Spaces:
     """The pages behind the pool's, as each device sees its part of them."""
     if shards is None:
         return Spaces.behind(kv, space)

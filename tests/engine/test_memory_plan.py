@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from aqua_jax.config import EngineConfig
-from aqua_jax.engine import memory_plan, platform
+from aqua_jax.engine import memory_plan, platform, programs
 from aqua_jax.engine.engine import Engine
 from aqua_jax.engine.platform import DeviceMemory
 from aqua_jax.errors import ConfigError
@@ -121,6 +121,34 @@ def test_more_than_the_device_has_is_refused(model, monkeypatch):
     monkeypatch.setattr(platform, "device_memory", lambda device: memory)
     with pytest.raises(ConfigError, match=f"kv_cache_memory: .*{350 * MIB} bytes of memory"):
         Engine(config(model, kv_cache_memory=360 * MIB))
+
+
+def test_programs_are_compiled_before_the_pool_takes_its_place(model, monkeypatch):
+    """A GPU's compiler allocates what it tries products out with."""
+    there = []
+    warm_up = programs.Programs.warm_up
+
+    def spy(self, level, progress=None):
+        there.append(any(array.shape == self._kv.shape for array in jax.live_arrays()))
+        warm_up(self, level, progress)
+
+    monkeypatch.setattr(programs.Programs, "warm_up", spy)
+    with Engine(config(model, kv_cache_tokens=16 * 77)) as engine:
+        assert engine._runner.kv.shape[0] == 77
+    assert there == [False]
+
+
+def test_sums_on_a_gpu_are_made_in_one_order_where_that_was_promised(monkeypatch):
+    assert programs.compiler_options(True) is None  # on a CPU they are
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert programs.compiler_options(False) is None
+    options = programs.compiler_options(True)
+    monkeypatch.undo()
+    # XLA refuses options that it doesn't know.
+    lowered = jax.jit(jnp.sum).lower(jnp.ones(4))
+    assert lowered.compile(compiler_options=options)(jnp.ones(4)) == 4
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={f"{name}_": True for name in options})
 
 
 def test_the_platform_is_chosen_once(model):
