@@ -82,7 +82,6 @@ class Inspector:
         self._users: dict[str, dict[_Entry, None]] = {}  # who is alive of them
         self._vruntimes: dict[str, float] = {}
         self._newest = -1  # sequence known
-        self._seen = self._unseen = 0  # requests; of the latter nothing but that they were
         self._swapped = 0
         self._shifts = 0  # of copies from store to store, when last looked
         # Not taken by whoever asks.
@@ -106,16 +105,11 @@ class Inspector:
         for entry in looked_at:
             if entry.sequence.status is Status.FINISHED:
                 self._drop(entry)
-        brief = self._add(engine, looked_at)
-        # Users whose vruntime may have changed, and whether it is known already.
-        touched = dict.fromkeys(self._users, False) if brief else {}
-        touched.update((entry.sequence.user, False) for entry in looked_at)
+        self._add(engine, looked_at)
         for entry in looked_at:
             if entry.sequence.status is not Status.FINISHED:
-                self._look_at(entry, policy, residency, touched)
-        for user, known in touched.items():
-            if not known:
-                self._ask(user, policy)
+                self._look_at(entry, policy, residency)
+        self._look_at_users(policy)
         return Look(
             self._number, self._rows, tuple(self._gone), self._changed,
             {**engine.stats(bounds=False), "swapped": self._swapped}, time.monotonic(),
@@ -143,27 +137,21 @@ class Inspector:
             and entry not in known
         ]
 
-    def _add(self, engine: Engine, looked_at: list[_Entry]) -> bool:
-        """Appends those that are new, in order of arrival; whether others came and went."""
+    def _add(self, engine: Engine, looked_at: list[_Entry]) -> None:
+        """Appends those that are new, in order of arrival."""
         new: list[Request] = []
         for request in reversed(engine.requests):
             if request.samples[0].sequence.seq_id <= self._newest:
                 break
             new.append(request)
-        self._seen += len(new)
-        before, self._unseen = self._unseen, engine.metrics.requests_added - self._seen
-        brief = self._unseen != before
         for request in reversed(new):
             for sample in request.samples:
                 sequence = sample.sequence
                 self._newest = sequence.seq_id
-                if sequence.status is Status.FINISHED:
-                    brief = True
-                else:
+                if sequence.status is not Status.FINISHED:
                     entry = self._entries[sequence.seq_id] = _Entry(request, sequence)
                     self._users.setdefault(sequence.user, {})[entry] = None
                     looked_at.append(entry)
-        return brief
 
     def _drop(self, entry: _Entry) -> None:
         user = entry.sequence.user
@@ -175,9 +163,7 @@ class Inspector:
         self._rows.pop(entry.key, None)
         self._gone[entry.key] = None
 
-    def _look_at(
-        self, entry: _Entry, policy: Policy, residency: Residency | None, touched: dict[str, bool]
-    ) -> None:
+    def _look_at(self, entry: _Entry, policy: Policy, residency: Residency | None) -> None:
         sequence, request = entry.sequence, entry.request
         running = sequence.status is Status.RUNNING
         if entry.ttft is None and (first := request.output.metrics.first_token_time) is not None:
@@ -188,8 +174,6 @@ class Inspector:
             vruntime = round(standing.vruntime, 4)
             if standing.slice_left != math.inf:
                 slice_left = round(standing.slice_left, 4)
-            self._account(sequence.user, standing.user_vruntime)
-            touched[sequence.user] = True
         under_way = running or sequence.num_inflight > 0
         if residency is not None:
             copies = residency.copies(sequence)
@@ -214,20 +198,18 @@ class Inspector:
             self._swapped += (row[_STATE] == _SWAPPED) - (entry.row[_STATE] == _SWAPPED)
             entry.row = self._rows[entry.key] = row
 
-    def _ask(self, user: str, policy: Policy) -> None:
-        """Of a user of whom something has ended, and nothing else was looked at."""
-        entry = next(iter(self._users.get(user, ())), None)
-        if entry is not None:
-            standing = policy.standing(entry.sequence)
-            if standing is not None:
-                self._account(user, standing.user_vruntime)
-        elif self._vruntimes.pop(user, None) is not None:
+    def _look_at_users(self, policy: Policy) -> None:
+        """At all of them: requests that came and went between two looks are charged to theirs, and
+        so are copies made ahead of need, which change nothing else of those who wait."""
+        for user in [user for user in self._vruntimes if user not in self._users]:
+            del self._vruntimes[user]
             self._changed[user] = None
-
-    def _account(self, user: str, vruntime: float) -> None:
-        if self._vruntimes.get(user) != vruntime:
-            self._vruntimes[user] = vruntime
-            self._changed[user] = round(vruntime, 4)
+        for user, entries in self._users.items():
+            found = (policy.standing(entry.sequence) for entry in entries)
+            standing = next(filter(None, found), None)  # a fork has none before it runs
+            if standing is not None and self._vruntimes.get(user) != standing.user_vruntime:
+                self._vruntimes[user] = standing.user_vruntime
+                self._changed[user] = round(standing.user_vruntime, 4)
 
 
 def inspect(engine: Engine) -> dict[str, Any]:

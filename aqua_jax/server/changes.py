@@ -21,7 +21,8 @@ class Changes(Generic[K, V]):
         self._kept = kept
         self._values: dict[K, V] = {}  # in the order in which the keys came
         self._changed: collections.OrderedDict[K, int] = collections.OrderedDict()
-        self._came: dict[K, int] = {}
+        self._came: dict[K, tuple[int, int]] = {}  # version, and which key it was of all
+        self._keys = 0  # that ever came
         self._gone: collections.deque[tuple[int, K, int]] = collections.deque()  # went, key, came
 
     def __len__(self) -> int:
@@ -34,7 +35,8 @@ class Changes(Generic[K, V]):
     def put(self, key: K, value: V, version: int) -> None:
         """A key has a new value."""
         if key not in self._values:
-            self._came[key] = version
+            self._came[key] = (version, self._keys)
+            self._keys += 1
         self._values[key] = value
         self._changed[key] = version
         self._changed.move_to_end(key)
@@ -43,7 +45,7 @@ class Changes(Generic[K, V]):
         """A key has gone; nothing happens if it isn't there."""
         if key in self._values:
             del self._values[key], self._changed[key]
-            self._gone.append((version, key, self._came.pop(key)))
+            self._gone.append((version, key, self._came.pop(key)[0]))
         while self._gone and self._gone[0][0] <= version - self._kept:
             self._gone.popleft()
 
@@ -56,7 +58,8 @@ class Changes(Generic[K, V]):
             if self._changed[key] <= version:
                 break
             newer.append(key)
-        return ((key, self._values[key]) for key in reversed(newer))
+        newer.sort(key=self._came.__getitem__)
+        return ((key, self._values[key]) for key in newer)
 
     def gone(self, version: int | None) -> list[K]:
         """Keys of that version that have gone since; some may have come again. No older version

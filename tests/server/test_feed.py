@@ -110,6 +110,19 @@ def test_an_id_that_comes_again_and_what_nobody_saw_are_told_apart():
     assert len(changes._gone) <= 10 and len(changes) == 1
 
 
+def test_what_came_first_is_told_first_whatever_changed_last():
+    changes = Changes(kept=10)
+    for key in "abc":
+        changes.put(key, 0, 1)
+    changes.put("a", 1, 2)
+    assert [key for key, _ in changes.since(0)] == ["a", "b", "c"]
+    changes.drop("b", 3)
+    changes.put("b", 0, 3)
+    changes.put("a", 2, 4)
+    assert [key for key, _ in changes.since(0)] == ["a", "c", "b"]
+    assert [key for key, _ in changes.since(2)] == ["a", "b"]
+
+
 def test_requests_that_came_and_went_between_two_looks_leave_their_ttft(served):
     first = json.loads(get(served.port, "/debug/state")[2])
     assert ask(served.port, "/v1/completions", {"prompt": "fox", "max_tokens": 1})[0] == 200
