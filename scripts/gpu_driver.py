@@ -7,6 +7,27 @@ import statistics
 import time
 from collections.abc import Callable
 
+_PLACE = ctypes.c_uint64  # CUdeviceptr; with unified addressing the host's as well
+# The calls' arguments, as cuda.h has them; tests/ops/test_cuda_interfaces.py compares.
+CALLS: dict[str, list[type]] = {
+    "cuInit": [ctypes.c_uint],
+    "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
+    "cuDeviceGetName": [ctypes.c_char_p, ctypes.c_int, ctypes.c_int],
+    "cuDeviceGetCount": [ctypes.POINTER(ctypes.c_int)],
+    "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
+    "cuCtxSetCurrent": [ctypes.c_void_p],
+    "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
+    "cuDriverGetVersion": [ctypes.POINTER(ctypes.c_int)],
+    "cuMemGetInfo_v2": [ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)],
+    "cuMemAlloc_v2": [ctypes.POINTER(_PLACE), ctypes.c_size_t],
+    "cuMemFree_v2": [_PLACE],
+    "cuMemHostAlloc": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_uint],
+    "cuMemFreeHost": [ctypes.c_void_p],
+    "cuStreamCreate": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint],
+    "cuStreamSynchronize": [ctypes.c_void_p],
+    "cuMemcpyAsync": [_PLACE, _PLACE, ctypes.c_size_t, ctypes.c_void_p],
+}
+
 
 class Driver:
     """libcuda in the primary context of one GPU, which jax uses as well.
@@ -18,6 +39,9 @@ class Driver:
 
     def __init__(self, ordinal: int = 0):
         self._lib = ctypes.CDLL("libcuda.so.1")
+        for name, arguments in CALLS.items():
+            function = getattr(self._lib, name)
+            function.restype, function.argtypes = ctypes.c_int, arguments
         self._call("cuInit", 0)
         self.device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self.device), ordinal)

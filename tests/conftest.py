@@ -71,7 +71,7 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
     parity = ROOT / "tests" / "parity"
     if not HAVE_TORCH and (collection_path == parity or parity in collection_path.parents):
         return True
-    needs_build = ("test_cuda_build.py", "test_cuda_traits.py")
+    needs_build = ("test_cuda_build.py", "test_cuda_interfaces.py", "test_cuda_traits.py")
     if not HAVE_CUDA_BUILD and collection_path.name in needs_build:
         return True
     return None

@@ -119,6 +119,9 @@ class _Library:
             self.reason = f"{path} cannot be used: {error}"
             return
         self.handle = handle
+        if platform == "cuda":
+            handle.aqua_kernels_preload.restype = ctypes.c_char_p
+            handle.aqua_kernels_preload.argtypes = [ctypes.c_int32]
         found = []
         for target, symbol in kind.targets.items():
             if not hasattr(handle, symbol):
@@ -156,8 +159,6 @@ def _load_kernels() -> None:
     handle = _library("cuda").handle
     if jax.default_backend() != "gpu" or handle is None:
         return  # the handlers are emulated
-    handle.aqua_kernels_preload.restype = ctypes.c_char_p
-    handle.aqua_kernels_preload.argtypes = [ctypes.c_int32]
     for device in jax.local_devices():
         why = handle.aqua_kernels_preload(device.local_hardware_id or 0)
         if why is not None:

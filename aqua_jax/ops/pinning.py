@@ -27,7 +27,7 @@ def _native() -> ctypes.CDLL | None:
         function = getattr(native, name)
         function.restype = ctypes.c_char_p
         function.argtypes = [ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint64]
-    native.aqua_host_pinned.restype = ctypes.c_uint64
+    native.aqua_host_pinned.restype, native.aqua_host_pinned.argtypes = ctypes.c_uint64, []
     native.aqua_host_copy.restype = ctypes.c_char_p
     native.aqua_host_copy.argtypes = [
         ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64

@@ -33,11 +33,19 @@ def _bound(platform: str) -> ctypes.CDLL:
     symbols = library.symbols()
     if symbols is None or not library.available("aqua_enqueue_moves"):
         raise RuntimeError(f"moves on {platform} need the native library: {library.reason()}")
-    i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
-    pointer = ctypes.c_void_p
+    declare(symbols)
     if jax.default_backend() == "gpu":
         # Segments are made known to the GPU that jax uses, which needn't be the first.
         symbols.aqua_moves_set_device(jax.local_devices()[0].local_hardware_id or 0)
+    # The last hooks registered run first: copies end before jax drops its buffers.
+    atexit.register(symbols.aqua_moves_stop)
+    return symbols
+
+
+def declare(symbols: ctypes.CDLL) -> None:
+    """Tells ctypes the types of the copy queue's functions."""
+    i32, u32, i64, u64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
+    pointer = ctypes.c_void_p
     for name, result, arguments in (
         ("aqua_segment_register", i64, [pointer, u64]),
         ("aqua_segment_retire", i32, [i32, u32, i32]),
@@ -54,9 +62,9 @@ def _bound(platform: str) -> ctypes.CDLL:
     ):
         function = getattr(symbols, name)
         function.restype, function.argtypes = result, arguments
-    # The last hooks registered run first: copies end before jax drops its buffers.
-    atexit.register(symbols.aqua_moves_stop)
-    return symbols
+    if hasattr(symbols, "aqua_moves_set_device"):  # CPUs have none to choose
+        symbols.aqua_moves_set_device.restype = None
+        symbols.aqua_moves_set_device.argtypes = [i32]
 
 
 def handle(packed: int, what: str) -> tuple[int, int]:

@@ -66,4 +66,7 @@ int32_t aqua_arena_identity(int32_t device, char uuid[33], char bus[32]);
 //   out[2]: a hint of the bandwidth one way in MB/s from the link's generation, 0 if unknown.
 //           A nominal figure to rank peers by; measure before relying on it.
 int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]);
+
+// MB/s one way of one NVLink, nominal, by NVML's number of its version.
+int64_t aqua_nvlink_speed(uint32_t version);
 }

@@ -7,19 +7,18 @@
 
 #include "arena.h"
 #include "driver.h"
+#include "nvml.h"
 
 namespace {
 
-// NVML's part that is used here; its library comes with the driver and may be missing.
-using Device = struct NvmlDevice*;
-constexpr int kSuccess = 0, kMostLinks = 18, kP2pNvlink = 2, kP2pOk = 0;
-constexpr int kRemoteGpu = 0;
-
-struct Pci {  // nvmlPciInfo_t
-  char short_name[16];
-  unsigned domain, bus, device, id, subsystem;
-  char name[32];
-};
+// NVML's library comes with the driver and may be missing.
+using aqua::cuda::kMostLinks;
+using aqua::cuda::kNvmlSuccess;
+using aqua::cuda::kP2pNvlink;
+using aqua::cuda::kP2pOk;
+using aqua::cuda::kRemoteGpu;
+using Device = aqua::cuda::NvmlDevice;
+using Pci = aqua::cuda::NvmlPci;
 
 struct Nvml {
   int (*init)() = nullptr;
@@ -53,7 +52,7 @@ const Nvml& nvml() {
                find(library, "nvmlDeviceGetNvLinkVersion", &n.link_version) &&
                find(library, "nvmlDeviceGetMaxPcieLinkGeneration", &n.pcie_generation) &&
                find(library, "nvmlDeviceGetMaxPcieLinkWidth", &n.pcie_width) &&
-               n.init() == kSuccess;
+               n.init() == kNvmlSuccess;
     find(library, "nvmlDeviceGetNvLinkRemoteDeviceType", &n.remote_type);
     find(library, "nvmlDeviceGetNvLinkRemotePciInfo_v2", &n.remote_pci);
     find(library, "nvmlDeviceGetPciInfo_v3", &n.pci);
@@ -65,25 +64,19 @@ const Nvml& nvml() {
 bool device_of(int32_t ordinal, Device* out) {
   char bus[32];
   return cudaDeviceGetPCIBusId(bus, sizeof(bus), ordinal) == cudaSuccess &&
-         nvml().by_bus(bus, out) == kSuccess;
+         nvml().by_bus(bus, out) == kNvmlSuccess;
 }
 
 // Whether a link of `ours` may carry what goes to `theirs`: it ends there, or at a switch.
 bool leads_to(Device ours, unsigned link, Device theirs) {
   int type = -1;
   Pci end{}, peer{};
-  if (nvml().remote_type == nullptr || nvml().remote_type(ours, link, &type) != kSuccess ||
+  if (nvml().remote_type == nullptr || nvml().remote_type(ours, link, &type) != kNvmlSuccess ||
       type != kRemoteGpu || nvml().remote_pci == nullptr || nvml().pci == nullptr ||
-      nvml().remote_pci(ours, link, &end) != kSuccess || nvml().pci(theirs, &peer) != kSuccess) {
+      nvml().remote_pci(ours, link, &end) != kNvmlSuccess || nvml().pci(theirs, &peer) != kNvmlSuccess) {
     return true;  // a switch, or it isn't known
   }
   return end.domain == peer.domain && end.bus == peer.bus && end.device == peer.device;
-}
-
-// MB/s one way of one NVLink of a generation, nominal.
-int64_t link_speed(unsigned version) {
-  if (version >= 5) return 50000;
-  return version >= 2 ? 25000 : 20000;
 }
 
 // The same of a PCIe lane.
@@ -94,6 +87,11 @@ int64_t lane_speed(unsigned generation) {
 }
 
 }  // namespace
+
+int64_t aqua_nvlink_speed(uint32_t version) {
+  if (version >= aqua::cuda::kNvlink50) return 50000;
+  return version >= aqua::cuda::kNvlink20 ? 25000 : 20000;
+}
 
 int32_t aqua_arena_devices() {
   int count = 0;
@@ -140,19 +138,19 @@ int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
   Device ours, theirs;
   if (!nvml().usable || !device_of(device, &ours) || !device_of(peer, &theirs)) return 1;
   int status = -1;
-  if (nvml().p2p_status(ours, theirs, kP2pNvlink, &status) == kSuccess && status == kP2pOk) {
+  if (nvml().p2p_status(ours, theirs, kP2pNvlink, &status) == kNvmlSuccess && status == kP2pOk) {
     for (unsigned link = 0; link < kMostLinks; ++link) {
       int active = 0;
       unsigned version = 0;
-      if (nvml().link_state(ours, link, &active) != kSuccess || !active) continue;
+      if (nvml().link_state(ours, link, &active) != kNvmlSuccess || !active) continue;
       if (!leads_to(ours, link, theirs)) continue;
       ++out[1];
-      if (nvml().link_version(ours, link, &version) == kSuccess) out[2] += link_speed(version);
+      if (nvml().link_version(ours, link, &version) == kNvmlSuccess) out[2] += aqua_nvlink_speed(version);
     }
   }
   unsigned generation = 0, width = 0;
-  if (out[1] == 0 && nvml().pcie_generation(ours, &generation) == kSuccess &&
-      nvml().pcie_width(ours, &width) == kSuccess) {
+  if (out[1] == 0 && nvml().pcie_generation(ours, &generation) == kNvmlSuccess &&
+      nvml().pcie_width(ours, &width) == kNvmlSuccess) {
     out[2] = lane_speed(generation) * width;
   }
   return 1;
