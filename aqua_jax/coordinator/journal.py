@@ -10,6 +10,7 @@ middle of one leaves the other. Consumers never see a journal.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -74,12 +75,20 @@ class Journal:
 
     @classmethod
     def create(cls, arena_bytes: int) -> Journal:
-        """An empty one for an arena of so many bytes."""
+        """An empty one for an arena of so many bytes.
+
+        Raises:
+          OSError: no memory for it.
+        """
         fd = os.memfd_create("aqua-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, 2 * room_for(arena_bytes))
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         journal = cls(fd, arena_bytes)
-        journal.write([])
+        try:
+            os.ftruncate(fd, 2 * room_for(arena_bytes))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            journal.write([])
+        except OSError:
+            journal.close()
+            raise
         return journal
 
     @classmethod
@@ -119,11 +128,13 @@ class Journal:
         Raises:
           OSError: no memory for it. What was there before still is.
         """
-        self._number += 1
+        number = self._number + 1
         body = b"".join(map(_pack, entries))
-        checksum = zlib.crc32(body, self._number & 0xFFFFFFFF)
-        head = _HEAD.pack(_MAGIC, self._number, len(body), checksum)
-        os.pwrite(self.fd, head + body, (self._number % 2) * self._half)
+        checksum = zlib.crc32(body, number & 0xFFFFFFFF)
+        head = _HEAD.pack(_MAGIC, number, len(body), checksum)
+        if os.pwrite(self.fd, head + body, (number % 2) * self._half) < len(head) + len(body):
+            raise OSError(errno.ENOSPC, "no memory for all of the journal")
+        self._number = number  # only now: the next try must not be where the last good one is
 
     def close(self) -> None:
         """Closes this process's descriptor."""

@@ -15,7 +15,7 @@ from aqua_jax.coordinator import messages_pb2 as messages
 from aqua_jax.coordinator import translate
 from aqua_jax.coordinator.door import Door, Peer
 from aqua_jax.coordinator.service import Service, Session
-from aqua_jax.coordinator.sockets import door_of, remove_stale, target_of
+from aqua_jax.coordinator.sockets import directory_lock, door_of, remove_stale, target_of
 from aqua_jax.errors import AquaError, ConfigError, LedgerError
 
 _log = logging.getLogger(__name__)
@@ -83,6 +83,18 @@ class Server:
                 options=_options(self._most), maximum_concurrent_rpcs=2 * self._most
             )
             self._server.add_generic_rpc_handlers((self._handlers(),))
+            self._bind()
+        except (AquaError, OSError):
+            self._door.close()
+            raise
+        self._door.open()
+        self.service.start()
+        await self._server.start()
+
+    def _bind(self) -> None:
+        # Nobody, such as a janitor of the last coordinator, must see the socket bound and not yet
+        # listening: it would take it away.
+        with directory_lock(self.path):
             before = os.umask(0o177)
             try:
                 self._server.add_insecure_port(target_of(self.path))
@@ -92,22 +104,16 @@ class Server:
                 ) from error
             finally:
                 os.umask(before)
-        except AquaError:
-            self._door.close()
-            raise
-        self._door.open()
-        self.service.start()
-        await self._server.start()
 
     async def stop(self) -> None:
         """Ends all connections and removes the sockets."""
         await self.service.stop()
         if self._server is not None:
             await self._server.stop(0.2)
-        if self._door is not None:
-            self._door.close()
         with contextlib.suppress(ConfigError, OSError):
             remove_stale(self.path)
+        if self._door is not None:  # last: whoever has the door has the path
+            self._door.close()
 
     def _handlers(self) -> Any:
         return grpc.method_handlers_generic_handler(NAME, {

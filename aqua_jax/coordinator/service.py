@@ -61,6 +61,7 @@ class Session:
         self.key = 0
         self.outbox: asyncio.Queue[messages.ToClient | None] = asyncio.Queue()
         self.waiting: set[asyncio.Task[None]] = set()
+        self.lends: set[int] = set()  # arenas that it has spoken of
         self.ended = False
 
     def say(self, message: messages.ToClient) -> None:
@@ -156,6 +157,8 @@ class Service:
         Raises:
           LedgerError: what it says can't be.
         """
+        if session.ended:  # gone meanwhile, and with it the descriptor that says who it was
+            return
         key = hello.key or secrets.randbits(63) | 1
         claims = translate.claims(hello.claims)
         known = key in self.ledger.clients
@@ -295,6 +298,7 @@ class Service:
             if arena in self.ledger.arenas:
                 self._memories.check(fds, terms, total, returning=True, arena=arena)
                 self.ledger.resume(session.key, arena, lent)
+                session.lends.add(arena)
                 self.ledger.scrub_again(arena)
                 return translate.registered(number, arena)
             identity = self._memories.check(fds, terms, total, returning=bool(arena))
@@ -304,23 +308,34 @@ class Service:
                 fds.pop()
                 absent = {entry.owner: entry.identity for entry in entries}
             else:
-                journal, absent = Journal.create(terms.size), {}
-                try:
-                    session.peer.give(b"J", self.ledger.next_number, journal.fd)
-                    arena = self.ledger.register(session.key, terms, lent).id
-                except OSError as error:
-                    journal.close()
-                    raise CoordinatorError(f"the journal can't be handed over: {error}") from error
-                except AquaError:
-                    journal.close()
-                    raise
+                arena = self.ledger.register(session.key, terms, lent).id
+                journal, absent = self._journal(session, arena, terms.size), {}
             self._memories.add(arena, Memory(fds.pop(0), identity, journal))
+            session.lends.add(arena)
             for owner, process in absent.items():
                 self._watch_absent(owner, process)
             return translate.registered(number, arena)
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _journal(self, session: Session, arena: int, size: int) -> Journal:
+        """A new arena's journal, its producer's as well; without one the arena isn't there.
+
+        It goes out after the ledger has taken the arena in: under the number of an arena that was
+        refused its producer would find it first when another gets that number, and bring the
+        next coordinator a journal in which nobody has ever written.
+        """
+        journal = None
+        try:
+            journal = Journal.create(size)
+            session.peer.give(b"J", arena, journal.fd)
+            return journal
+        except OSError as error:
+            if journal is not None:
+                journal.close()
+            self.ledger.unregister(session.key, arena, abandon=True)
+            raise CoordinatorError(f"the journal can't be handed over: {error}") from error
 
     def ended(self, session: Session) -> None:
         """A session's connection has ended; its process may live."""
@@ -412,6 +427,10 @@ class Service:
             else:
                 self.counters.lost += 1
             session = self._sessions.get(event.client)
+            if isinstance(event, Returned) and session and event.arena not in session.lends:
+                # It has yet to say what it hasn't got back, and hears of this then. Told twice, it
+                # could have lent it again in between, and would use what is lent.
+                continue
             if session is not None:
                 session.say(translate.event(event, now))
         for scrub in self.ledger.dirty_on_device(SCRUB_BYTES):

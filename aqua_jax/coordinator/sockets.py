@@ -19,7 +19,7 @@ from aqua_jax.errors import ConfigError, LenderError
 PATH_LIMIT = 107  # bytes: sockaddr_un has 108 with the final zero
 _SO_PEERPIDFD = 77  # Linux 6.5; the socket module doesn't name it
 _CREDENTIALS = struct.Struct("iII")
-_LOCK_S = 2.0
+_LOCK_TRIES, _LOCK_PAUSE_S = 200, 0.01
 
 
 def address_of(path: str) -> bytes:
@@ -57,31 +57,41 @@ def remove_stale(path: str, kind: int = socket.SOCK_STREAM) -> None:
       ConfigError: somebody does, or it is something else.
     """
     if not path.startswith("@"):
-        with _directory_lock(path):
+        with directory_lock(path):
             if _is_stale(path, kind):
                 os.unlink(path)
 
 
 @contextlib.contextmanager
-def _directory_lock(path: str) -> Iterator[None]:
-    """One process at a time judges whether a socket file is stale; leaves nothing behind."""
+def directory_lock(path: str) -> Iterator[None]:
+    """One process at a time judges whether a socket file is stale, or makes one.
+
+    A socket that is bound and doesn't listen yet looks stale. Leaves nothing behind; where `path`
+    is @name there is nothing to lock.
+
+    Raises:
+      ConfigError: no such directory, or somebody else keeps it locked.
+    """
+    if path.startswith("@"):
+        yield
+        return
     folder = os.path.dirname(os.path.abspath(path))
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError("listen", path, f"a path in a directory ({error.strerror})") from error
     try:
-        end = time.monotonic() + _LOCK_S
-        while True:
+        # Counted in tries: by the clock, whoever was stopped meanwhile would never try again.
+        for left in reversed(range(_LOCK_TRIES)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
+                if not left:
                     raise ConfigError(
                         "listen", path, "a path in a directory that nobody else has locked"
                     ) from None
-                time.sleep(0.01)
+                time.sleep(_LOCK_PAUSE_S)
         yield
     finally:
         os.close(fd)
@@ -147,7 +157,7 @@ class Listener:
             raise
 
     def _bind_file(self, backlog: int) -> None:
-        with _directory_lock(self.path):
+        with directory_lock(self.path):
             if _is_stale(self.path, self._kind):
                 os.unlink(self.path)
             self.socket.bind(self.path)
@@ -159,7 +169,7 @@ class Listener:
         """Stops listening and removes the socket file, if it is still ours; may be repeated."""
         identity, self._identity = self._identity, None
         if identity is not None:
-            with contextlib.suppress(OSError, ConfigError), _directory_lock(self.path):
+            with contextlib.suppress(OSError, ConfigError), directory_lock(self.path):
                 found = os.lstat(self.path)
                 if (found.st_dev, found.st_ino) == identity:
                     os.unlink(self.path)

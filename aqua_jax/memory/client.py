@@ -231,22 +231,25 @@ class Client:
         with self._offering_lock:
             self._offering = lending = Lending(self, arena, terms, spans)
             try:
-                self._link.ask(register=self._offer(lending, [arena.fd]))
+                self._link.ask(register=self._offer(lending, self._give([arena.fd])))
             finally:
                 with self._lock:
                     self._offering = None
         return lending
 
-    def _offer(self, lending: Lending, fds: list[int]) -> Any:
-        """Hands an arena's descriptors over; the message that goes with them."""
+    def _give(self, fds: list[int]) -> int:
+        """Hands an arena's descriptors over; the tag that the message about them names."""
         with self._lock:
             self._tags += 1
             tag = self._tags
-            spans = list(lending.out)
         entry = self._link.entry
         if entry is None:
             raise CoordinatorError(f"the coordinator at {self._link.path} is away")
         entry.give(tag, fds)
+        return tag
+
+    @staticmethod
+    def _offer(lending: Lending, tag: int) -> Any:
         terms = lending.terms
         return messages.Register(
             tag=tag, arena=lending.id,
@@ -254,36 +257,31 @@ class Client:
                 size=terms.size, name=terms.name, kind=terms.kind, domain=terms.domain,
                 bandwidth=terms.bandwidth, cap=terms.cap, scrub=terms.scrub, device=terms.device,
             ),
-            lent=[messages.Span(start=start, end=end) for start, end in spans],
+            lent=[messages.Span(start=start, end=end) for start, end in lending.out],
         )
 
     def lend_more(self, lending: Lending, start: int, end: int) -> None:
         """For `Lending.lend`."""
         with self._lock:
-            self._lendable(lending, start, end)
-            if lending.wish is not None:
-                lending.wish = lending.wish[0] + end - start, lending.wish[1]
-        span = messages.Span(start=start, end=end)
+            lending.goes_out(start, end)
+            span = messages.Span(start=start, end=end)
+            try:
+                # By a connection that knows what was lent before, and not of this. One that has
+                # yet to be told will be told all of it; hearing it twice it would refuse it, or
+                # return it, and lend it.
+                question = self._link.begin(
+                    lending.told, lend=messages.Lend(arena=lending.id, span=span)
+                )
+            except CoordinatorError:
+                return  # lent when it is back, or returned
         try:
-            self._link.ask(lend=messages.Lend(arena=lending.id, span=span))
+            self._link.answer(question)
         except CoordinatorError:
-            pass  # lent when it is back, or returned
+            pass  # as above
         except AquaError:
             with self._lock:
                 lending.out.remove(start, end)
             raise
-
-    @staticmethod
-    def _lendable(lending: Lending, start: int, end: int) -> None:
-        """Takes [start, end) into what is out."""
-        whole("start", start, 0, lending.arena.size)
-        whole("end", end, 0, lending.arena.size)
-        try:
-            lending.out.add(start, end)
-        except StoreError as error:
-            raise LedgerError(
-                "start", start, f"bytes that aren't lent already ({error})"
-            ) from error
 
     def reclaim(
         self, lending: Lending, limit: int, deadline_s: float, wait_s: float | None = None
@@ -371,11 +369,13 @@ class Client:
         self._scrubber.forget()
         for lending in lendings:
             try:
-                offer = self._offer(lending, [lending.arena.fd, lending.journal])
+                tag = self._give([lending.arena.fd, lending.journal])
             except AquaError as error:
                 _log.warning("arena %d can't be lent again: %s", lending.id, error)
                 continue
-            self._returning[link.tell(register=offer)] = lending
+            with self._lock:  # nothing is lent between looking and saying: see `lend_more`
+                self._returning[link.tell(register=self._offer(lending, tag))] = lending
+                lending.told = link.connections
             wish = lending.wish
             if wish is not None:
                 link.tell(reclaim=self._wish(lending, *wish))
@@ -400,10 +400,14 @@ class Client:
                 lending = self._offering if awaited else None
                 if lending is not None:
                     lending.id, lending.journal = message.registered.arena, journal
+                    lending.told = link.connections
                     self._lendings[lending.id] = lending
             if lending is None:
                 os.close(journal)
-                link.tell(unregister=messages.Unregister(arena=message.registered.arena))
+                # Whoever offered it has been told that it isn't lent.
+                link.tell(unregister=messages.Unregister(
+                    arena=message.registered.arena, abandon=True
+                ))
             return None
         return getattr(message, kind) if awaited and kind else None
 

@@ -198,6 +198,7 @@ class Link:
         self.key = 0
         self.term_s = 10.0
         self.connected = False
+        self.connections = 0  # so far; the number of the present one
         self.entry: Entry | None = None
         self._why = ""
         self._closing = threading.Event()
@@ -231,14 +232,19 @@ class Link:
         """
         return self.answer(self.begin(**body), timeout_s)
 
-    def begin(self, **body: Any) -> Question:
+    def begin(self, connection: int | None = None, **body: Any) -> Question:
         """Asks; `answer` waits. Several questions under way at once cost one wait.
 
+        Args:
+          connection: by which alone it may be asked; None: by any.
+          body: the message.
+
         Raises:
-          CoordinatorError: the coordinator is away.
+          CoordinatorError: the coordinator is away, or that connection has ended.
         """
         with self._lock:
-            if not self.connected or self._outgoing is None:
+            ended = connection not in (None, self.connections)
+            if ended or not self.connected or self._outgoing is None:
                 raise CoordinatorError(f"the coordinator at {self.path} is away{self._because()}")
             self._number += 1
             question = Question(self._number, queue.SimpleQueue())
@@ -312,8 +318,12 @@ class Link:
             self._welcome.clear()
             try:
                 self._attach()
-            except CoordinatorError as error:
+            except AquaError as error:
                 self._why = str(error).removeprefix(f"no coordinator answers at {self.path}: ")
+            except Exception as error:
+                # Ours. The next connection begins anew; without a thread there would be none.
+                _log.exception("what the coordinator at %s says can't be dealt with", self.path)
+                self._why = type(error).__name__
             if self._welcome.is_set() and not self._closing.is_set():
                 pause = _FIRST_PAUSE_S
                 _log.info("the coordinator at %s is away%s", self.path, self._because())
@@ -328,6 +338,10 @@ class Link:
         outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         channel = grpc.insecure_channel(sockets.target_of(self.path), options=_CHANNEL)
         call: Any = None
+        with self._lock:
+            # Before the greeting is composed: what is told after that must go somewhere.
+            self.connections += 1
+            self._outgoing, self.entry = outgoing, entry
         try:
             attach = channel.stream_stream(
                 ATTACH, request_serializer=messages.FromClient.SerializeToString,
@@ -337,7 +351,7 @@ class Link:
                 self._say(outgoing), metadata=(("aqua-token", entry.token.hex()),)
             )
             with self._lock:
-                self._call, self._outgoing, self.entry = call, outgoing, entry
+                self._call = call
             if self._closing.is_set():
                 call.cancel()
             for message in call:
@@ -399,6 +413,9 @@ class Link:
         else:
             with self._lock:
                 question = self._asked.pop(message.id, None)
-            result = self._answered(self, message, question is not None)
-            if question is not None:
-                question.inbox.put(result)
+            result: Any = _GONE  # should the answer be of no use, whoever waits must not wait on
+            try:
+                result = self._answered(self, message, question is not None)
+            finally:
+                if question is not None:
+                    question.inbox.put(result)

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from aqua_jax.coordinator.intervals import Intervals
-from aqua_jax.coordinator.records import ArenaTerms, Span
-from aqua_jax.errors import StaleHandleError
+from aqua_jax.coordinator.records import ArenaTerms, Span, whole
+from aqua_jax.errors import LedgerError, StaleHandleError, StoreError
 from aqua_jax.memory.lease import Lease, LeasedRange
 
 _log = logging.getLogger(__name__)
@@ -166,6 +166,7 @@ class Lending:
         self.alive = True
         self.journal = -1  # a descriptor that only the next coordinator reads
         self.out = Intervals(lent)  # not ours now; under the client's lock
+        self.told = 0  # by which connection the coordinator has heard what is out
         self.wish: tuple[int, float] | None = None  # limit and seconds, until it is fulfilled
         self._all_back = threading.Event()
         self._returned: list[Span] = []
@@ -215,6 +216,23 @@ class Lending:
         """
         self._check()
         return self._owner.resize(self, limit)
+
+    def goes_out(self, start: int, end: int) -> None:
+        """For the client: [start, end) isn't the owner's any more, and is lent beyond any wish.
+
+        Raises:
+          LedgerError: it is lent already, or isn't in the arena.
+        """
+        whole("start", start, 0, self.arena.size)
+        whole("end", end, 0, self.arena.size)
+        try:
+            self.out.add(start, end)
+        except StoreError as error:
+            raise LedgerError(
+                "start", start, f"bytes that aren't lent already ({error})"
+            ) from error
+        if self.wish is not None:
+            self.wish = self.wish[0] + end - start, self.wish[1]
 
     def came_back(self, start: int, end: int) -> None:
         """For the client: [start, end) is the owner's again."""

@@ -23,10 +23,16 @@ def new_name() -> str:
 
 
 def wait_for(condition: Callable[[], object], what: str = "", seconds: float = 10.0) -> None:
-    """Waits until `condition` holds; fails with `what` otherwise."""
-    end = time.monotonic() + seconds
+    """Waits until `condition` holds; fails with `what` otherwise.
+
+    Of a time between two looks a second counts at most: when all of us have been stopped
+    for a minute, what is waited for had no more time than we had.
+    """
+    left, seen = seconds, time.monotonic()
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what or condition}"
+        now = time.monotonic()
+        left, seen = left - min(now - seen, 1.0), now
+        assert left > 0, f"not within {seconds} s: {what or condition}"
         time.sleep(0.002)
 
 
