@@ -4,8 +4,8 @@ The planner says which tokens of which page go where; `batch` makes of that what
 step's program takes, `poll` asks the copy queue by ticket and reports each move that has ended.
 What is one move here is a copy for each device that shares the model (`copies`).
 Nothing here waits for a copy, except where nothing else is left to do (`wait`), and where memory is
-about to go away (`settle`, `reset`, `close`; each keeps the order that rule 6 of `ops.moves` asks
-for: steps, then the pool, then segments, then the stores' memory).
+about to go away (`settle`, `reset`, `close`; each keeps the order that rule 5 of `ops.moves` asks
+for: the pool, then segments, then the stores' memory).
 
 Lenders' memory comes and goes at step boundaries, a store for each lease (`borrowing`). A store
 whose lender is gone stays mapped until nobody holds a slot of it. From when that is noticed no move

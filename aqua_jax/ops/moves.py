@@ -9,7 +9,7 @@ program for copies would not do: a pending read of the pool holds back the next 
 it, and a program of only an FFI call runs inline in the thread that calls it.
 
 The worker and the step share the pool without a lock. Who makes plans keeps these rules; nothing
-here can check them (`set_delay` makes tests that would notice):
+here can check them (`set_delay` makes tests that notice, tests/faults/test_ordering_rules.py):
 
 1. A page that is copied out was written by the step before or earlier, and is *pinned*: not
    written, nor given to anybody else, until its ticket has ended.
@@ -17,12 +17,17 @@ here can check them (`set_delay` makes tests that would notice):
 3. A page or segment range freed by a plan isn't used again while a dispatched step, or a move that
    has not ended, still names it.
 4. No order holds among moves, not even within a batch: what depends on a move waits for its ticket.
-5. A ticket says nothing before its step has run its head: a batch whose step was never dispatched
-   stays pending for ever. Wait for the step's results, then `drain`. (With CUDA a step's moves are
-   taken up a moment after its head has run; `drain`, `retire` and `close` see to that first.)
-6. Before a pool is dropped or replaced: wait for the steps, then `MovePool.close`. Before segment
-   memory is unmapped: `Segment.retire`; if pages of steps lie in it (`ops.spaces`), wait for the
-   steps first.
+5. Before a pool is dropped or replaced: `MovePool.close`. Before segment memory is unmapped or is
+   somebody else's: `Segment.retire`. If pages of steps lie in it (`ops.spaces`), wait for the steps
+   first.
+
+Both wait for the moves that were handed over, and neither for a head that has yet to run. That one
+finds another *generation*, and its moves are POOL_STALE or SEGMENT_STALE: it is this check that
+keeps late heads off memory with a new owner, not the order of things, and nobody needs to wait for
+steps on their account. Nor would tickets tell: before its step has run its head a batch is PENDING,
+one whose step was never dispatched for ever, and `drain` knows nothing of either. (With CUDA a
+step's moves are taken up a moment after its head has run; `drain`, `retire` and `close` see to that
+first.)
 
 What goes wrong at run time (a segment retired meanwhile, a range out of bounds, a checksum that
 differs) is a status of that one page, never an error of the step: an error would cost the donated

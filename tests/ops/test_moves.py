@@ -148,8 +148,8 @@ def test_a_broken_rule_shows_under_delays():
 
 
 def test_a_ticket_says_nothing_before_its_step_has_run():
-    """Rule 5: `drain` knows nothing of a step to come. Who closes the pool all the same loses its
-    moves, but no byte: memory that goes afterwards is not touched."""
+    """`drain` knows nothing of a step to come. Who closes the pool before that loses its moves, but
+    no byte: memory that goes afterwards is not touched."""
     kv = full_pool(12)
     before = as_bytes(kv)
     memory = np.zeros(2 * PAGE, np.uint8)
