@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aqua_jax.memory.batch_lender import BatchLender
     from aqua_jax.memory.borrower import Borrower
     from aqua_jax.memory.informer import Informer, InformerConfig, Load
     from aqua_jax.memory.lender import Lender
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Aqua": "tensor",
     "AquaTensor": "tensor",
+    "BatchLender": "batch_lender",
     "Borrower": "borrower",
     "Dynamic": "policies",
     "Informer": "informer",
@@ -32,6 +34,7 @@ _HOMES = {
 __all__ = [
     "Aqua",
     "AquaTensor",
+    "BatchLender",
     "Borrower",
     "Dynamic",
     "Informer",

@@ -126,11 +126,11 @@ class Lender:
           ConfigError: more than the lender has. Nothing changes.
           LenderError: borrowers haven't given it back in time. All is lent as before.
         """
-        limit = self.arena.size - size
+        limit = self.arena.size - round_up(size)
         self.resize(limit)
         try:
             end = time.monotonic() + timeout_s
-            while self.arena.size - self.grants.withheld.total > round_up(limit):
+            while self.arena.size - self.grants.withheld.total > limit:
                 if time.monotonic() > end or self._closed:
                     raise LenderError(
                         f"borrowers keep {self.grants.held} bytes; wanted: at most {limit}, within "

@@ -27,7 +27,7 @@ def test_room_for_a_batch_is_there_for_the_length_of_a_block():
 
             thread = threading.Thread(target=obey)
             thread.start()
-            with lender.room(5 * MIB):
+            with lender.room(5 * MIB - 1):
                 assert lender.grants.held == lease.held.total == 3 * MIB
                 # Its memory is the system's.
                 assert os.fstat(lender.arena.fd).st_blocks * 512 == 3 * MIB
