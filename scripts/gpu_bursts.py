@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import inspect
 import os
 import random
 import signal
@@ -68,7 +69,8 @@ class Burst:
 BURSTS = {"cuda": Burst(64, 256, 1024, 8 << 30, 1024), "cpu": Burst(6, 32, 32, 16 << 20, 32)}
 METRICS = ("ttft_p99_s", "ttft_p50_s", "output_tok_s", "tbt_p99_ms")
 BLOCK = 256  # tokens of a page in transformers
-SHARES = (2, 10)  # the pool holds one part in so many
+# The pool holds one part in so many; answers are so many times shorter, for in a tenth few run.
+SHARES = ((2, 1), (10, 4))
 
 
 @contextlib.contextmanager
@@ -102,8 +104,8 @@ def lender(nbytes: int, device: str = "") -> Iterator[tuple[str, subprocess.Pope
             yield address, process
 
 
-# Room for lenders on GPUs that jax uses as well.
-SHARED = {"device_memory_fraction": 0.6}
+# Room for lenders on GPUs that jax uses as well, and for stages beside this one.
+SHARED = {"device_memory_fraction": 0.25}
 
 
 def lent_places(platform: str) -> list[str]:
@@ -127,8 +129,6 @@ def small(platform: str, tokens: int, **fields: Any) -> EngineConfig:
 def bursts(platform: str, out: Out) -> None:
     """The comparison, for each size of the pool."""
     burst = BURSTS[platform]
-    sizes = Sizes(burst.requests, burst.prompt, burst.output)
-    load = serving.Load(synthetic(sizes, [0.0] * burst.requests, 1), None, 1.0, 0.1)
     with contextlib.ExitStack() as opened:
         if platform == "cuda":
             gpus = len(jax.local_devices())
@@ -144,21 +144,24 @@ def bursts(platform: str, out: Out) -> None:
             Variant(f"fair, {where}", {"policy": "fair", **fields}),
         ]
 
-        def compare(share: int) -> None:
-            base = small(platform, burst.tokens // share)
+        def compare(share: int, shorter: int) -> None:
+            part = dataclasses.replace(burst, output=burst.output // shorter)
+            sizes = Sizes(part.requests, part.prompt, part.output)
+            load = serving.Load(synthetic(sizes, [0.0] * part.requests, 1), None, 1.0, 0.1)
+            base = small(platform, part.tokens // share)
             report, _ = serving.compare(base, variants, load, 1, Engine)
             found = serving.medians(report)
             for name, one in found.items():
                 out.row(
                     what=f"burst, pool for 1/{share}", policy=name, requests=burst.requests,
-                    prompt=burst.prompt, output=burst.output,
+                    prompt=part.prompt, output=part.output,
                     **{key: one[key] for key in METRICS},
                     ttft_p99_better=found["fcfs"]["ttft_p99_s"] / one["ttft_p99_s"],
                     tok_s_of_fcfs=one["output_tok_s"] / found["fcfs"]["output_tok_s"],
                 )
 
         for share in SHARES:
-            out.part(f"burst, pool for 1/{share}", lambda share=share: compare(share))
+            out.part(f"burst, pool for 1/{share[0]}", lambda share=share: compare(*share))
 
 
 def answers(
@@ -191,7 +194,7 @@ def killed(platform: str, out: Out) -> None:
     for device in lent_places(platform):
 
         def one(device: str = device) -> None:
-            with lender(BURSTS[platform].lent, device) as (address, process):
+            with lender(short(platform).lent, device) as (address, process):
                 pressed(
                     platform, out, expected, f"lender of {device or 'host memory'} killed in "
                     "mid-burst", lambda: (process.send_signal(signal.SIGKILL), process.wait(30)),
@@ -208,8 +211,9 @@ def same(platform: str) -> dict[str, Any]:
 
 
 def short(platform: str) -> Burst:
-    """The burst with short answers."""
-    return dataclasses.replace(BURSTS[platform], output=min(128, BURSTS[platform].output))
+    """The burst with short answers, which need less memory."""
+    burst = BURSTS[platform]
+    return dataclasses.replace(burst, output=min(128, burst.output), lent=min(2 << 30, burst.lent))
 
 
 def unpressed(platform: str, **fields: Any) -> list[tuple[int, ...]]:
@@ -258,7 +262,7 @@ def lent(platform: str, out: Out) -> None:
         socket = os.path.join(folder, "coordinator")
         opened.enter_context(running("coordinator", f"--socket={socket}", until=socket))
         device = lent_places(platform)[-1]
-        nbytes = BURSTS[platform].lent
+        nbytes = short(platform).lent
         opened.enter_context(running(
             "lend", f"--bytes={nbytes}", f"--socket={socket}", f"--device={device}", until=socket
         ))
@@ -280,7 +284,7 @@ def own_peers(platform: str, out: Out) -> None:
     expected = unpressed(platform, tensor_parallel=2)
     with contextlib.ExitStack() as opened:
         lenders = [
-            opened.enter_context(lender(BURSTS[platform].lent // 2, place)) for place in places
+            opened.enter_context(lender(short(platform).lent // 2, place)) for place in places
         ]
         peers = ",".join(address for address, _ in lenders)
         doomed = lenders[1][1]
@@ -337,9 +341,10 @@ def transformers(platform: str, out: Out) -> None:
     }
     more: dict[str, Any] = {}
     if hasattr(library, "ContinuousBatchingConfig"):
-        more["continuous_batching_config"] = library.ContinuousBatchingConfig(
-            page_size=BLOCK, **room
-        )
+        kind_of = library.ContinuousBatchingConfig
+        # `block_size` up to transformers 5.17 at least, `page_size` later.
+        page = "page_size" if "page_size" in inspect.signature(kind_of).parameters else "block_size"
+        more["continuous_batching_config"] = kind_of(**{page: BLOCK}, **room)
         room = {}
     settings = library.GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, **room

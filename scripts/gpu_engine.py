@@ -5,7 +5,9 @@
 WHAT is one of
     steps     decode steps and a prompt of an 8B-shaped model against the roofline, and what paging
               at full rate beside them costs
-    startup   a 1B-shaped engine made twice, with an empty and a full cache of programs
+    decode    of these the decode steps alone
+    startup   a 1B-shaped engine made twice, with an empty and a full cache of programs; on a GPU
+              with a pool that gets all that is free, which is then used
 
 On a CPU everything runs at tiny sizes: a test of this script, not a measurement. Weights are
 random. All GB/s are 10^9 bytes a second. A part that fails says so in a row of its own, and the
@@ -182,7 +184,8 @@ class Steps:
             platform, size.large, max_num_seqs=most, max_step_tokens=max(size.prompt, most),
             max_model_len=size.context + room + 64, policy="fair", slice_steps=100_000,
             kv_cache_tokens=most * (size.context + room + 64) + 4 * self._paged_tokens(),
-            host_kv_memory=64 << 20,
+            # Only what is used is compiled, when it is first used; `startup` times the rest.
+            host_kv_memory=64 << 20, warmup="none",
         ))
         stats = self._engine.stats()
         out.row(what="engine ready", seconds=time.perf_counter() - started, **stats["startup"],
@@ -191,6 +194,7 @@ class Steps:
                     if isinstance(n, int)
                 },
                 implementations=stats["implementations"])
+        self._engine._runner.programs.moves()
         model = self._engine.model_config
         itemsize = 2 if size.dtype == "bfloat16" else 4
         self._token_bytes = model.num_layers * 2 * model.kv_size * itemsize
@@ -330,11 +334,17 @@ def memories(platform: str, nbytes: int) -> Iterator[tuple[str, Any]]:
             yield "arena on the same GPU (stand-in for a peer)", arena.buffer()
 
 
-def steps(platform: str, out: Out) -> None:
-    """Decode, prefill, overlap."""
+def decode(platform: str, out: Out) -> Steps:
+    """Decode steps alone; the engine, still open."""
     timed = Steps(platform, out)
     for batch in SIZES[platform].batches:
         out.part(f"decode step, batch {batch}", lambda batch=batch: timed.decode(batch))
+    return timed
+
+
+def steps(platform: str, out: Out) -> None:
+    """Decode, prefill, overlap."""
+    timed = decode(platform, out)
     out.part("prefill", timed.prefill)
 
     def overlaps() -> None:
@@ -346,12 +356,17 @@ def steps(platform: str, out: Out) -> None:
 
 
 def startup(platform: str, out: Out) -> None:
-    """An engine made twice with one cache of programs, at first empty."""
+    """An engine made twice with one cache of programs, at first empty.
+
+    On a GPU its pool gets what weights and the measured peak leave (a CPU has no such limit), and
+    prompts that fill whole steps are run in it.
+    """
+    pool = {} if platform == "cuda" else {"kv_cache_tokens": 4096}
     with tempfile.TemporaryDirectory() as cache:
         for name in ("empty", "full"):
             started = time.perf_counter()
             engine = Engine(config(
-                platform, SIZES[platform].small, compile_cache_dir=cache, kv_cache_tokens=4096,
+                platform, SIZES[platform].small, compile_cache_dir=cache, max_model_len=512, **pool,
             ))
             stats = engine.stats()
             out.row(
@@ -359,15 +374,34 @@ def startup(platform: str, out: Out) -> None:
                 load_s=stats["startup"]["load_s"], compile_s=stats["startup"]["warmup_s"],
                 programs=stats["compiles"],
             )
+            for number in range(16):
+                engine.add_request(str(number), prompt(number, 400, engine.model_config.vocab_size),
+                                   SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+            while engine.has_unfinished():
+                engine.step()
+            used = jax.local_devices()[0].memory_stats() or {}
+            out.row(
+                what="memory plan", cache=name,
+                **{f"{key}_mib": round(n / 2**20) for key, n in stats["memory"].items()
+                   if isinstance(n, int)},
+                **{f"{key}_mib": round(used[key] / 2**20)
+                   for key in ("bytes_limit", "bytes_in_use", "peak_bytes_in_use", "pool_bytes")
+                   if key in used},
+            )
+            if engine.stats()["pool_resets"]:
+                raise RuntimeError("a step failed in a pool of the planned size")
             engine.close()
             del engine
             gc.collect()
 
 
-RUNS: dict[str, Callable[[str, Out], None]] = {"steps": steps, "startup": startup}
+RUNS: dict[str, Callable[[str, Out], Any]] = {
+    "steps": steps, "decode": lambda platform, out: decode(platform, out).close(),
+    "startup": startup,
+}
 
 
-def main(runs: dict[str, Callable[[str, Out], None]]) -> int:
+def main(runs: dict[str, Callable[[str, Out], Any]]) -> int:
     """Runs one of them and prints its rows; the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=list(runs))

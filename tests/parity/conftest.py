@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import gguf
 import pytest
 import torch
 import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from aqua_jax.loading import load
 from aqua_jax.loading.resolve import demo_path
@@ -24,6 +22,10 @@ def demo_reference() -> dict[str, Any]:
 
     (It also wants the accelerate package, which nothing else here needs.)
     """
+    # Not for the tests that make models of their own: they run where gguf isn't installed, too.
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     ours = load("demo", dtype="float32").config
     with torch.device("meta"):
         shape = transformers.LlamaConfig(
