@@ -36,7 +36,9 @@ def define(flags: FlagSet) -> None:
             "memory beyond term and drain limit: its memory waits for it, or it is killed.",
         )
         flags.size("quota", None, "Most memory that one borrower may hold.")
-        flags.integer("max_clients", 64, "Most clients at a time.", 1, 4096)
+        flags.integer(
+            "max_clients", 64, "Most clients at a time, half of them of one process at most.", 1, 4096
+        )
     with flags.group("Watching"):
         flags.integer(
             "metrics_port", None, "Port on localhost for Prometheus metrics.", 0, 65535

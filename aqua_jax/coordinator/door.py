@@ -101,6 +101,7 @@ class Peer:
       identity: id and start time.
       pidfd: readable when it has exited; the peer's.
       token: what its calls show.
+      attached: whether it has a connection of gRPC's.
     """
 
     def __init__(self, connection: socket.socket, pid: int, pidfd: int) -> None:
@@ -109,7 +110,7 @@ class Peer:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._given: dict[int, list[int]] = {}  # by tag
         self._news = asyncio.Event()
-        self.closed = False
+        self.closed = self.attached = False
         self.left: Callable[[Peer], None] = lambda peer: None  # for the door
         self.on_close: Callable[[], None] = lambda: None
 
@@ -211,7 +212,7 @@ class Door:
             except OSError:
                 connection.close()
                 continue
-            if user not in (os.geteuid(), 0) or len(self.peers) >= self._most:
+            if user not in (os.geteuid(), 0) or not self._room(pid):
                 connection.close()
                 os.close(pidfd)
                 continue
@@ -225,6 +226,24 @@ class Door:
             self.peers[peer.token] = peer
             peer.left = self._left
             loop.add_reader(connection, peer._readable)
+
+    def _room(self, pid: int) -> bool:
+        """Whether a process may come in.
+
+        Where all places are taken, one that isn't used goes, of whoever has the most of these: a
+        process that comes again and again shuts out nobody but itself.
+        """
+        if len(self.peers) < self._most:
+            return True
+        idle: dict[int, list[Peer]] = {}
+        for peer in self.peers.values():
+            if not peer.attached:
+                idle.setdefault(peer.pid, []).append(peer)
+        most = max(idle.values(), key=len, default=[])
+        if len(most) < 2 or most[0].pid == pid:
+            return False
+        most[0].close()
+        return True
 
     def _left(self, peer: Peer) -> None:
         self.peers.pop(peer.token, None)

@@ -156,7 +156,13 @@ class Server:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._most} clients are the most"
             )
+        each = -(-self._most // 2)  # so that no process has all places
+        if self._most > 1 and self._of(peer.pid) >= each:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{each} clients of one process are the most"
+            )
         self._attached.add(peer.token)
+        peer.attached = True
         session = Session(peer)
         peer.on_close = session.end
         reader = asyncio.create_task(self._read(session, requests))
@@ -169,6 +175,11 @@ class Server:
             self.service.ended(session)
             peer.on_close = lambda: None
             peer.close()
+
+    def _of(self, pid: int) -> int:
+        """Clients of one process."""
+        assert self._door is not None
+        return sum(peer.attached and peer.pid == pid for peer in self._door.peers.values())
 
     async def _read(self, session: Session, requests: AsyncIterator[Any]) -> None:
         try:

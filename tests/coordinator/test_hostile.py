@@ -1,5 +1,6 @@
 """Hostile and broken clients get typed errors; nobody else notices."""
 
+import contextlib
 import os
 import socket
 
@@ -13,6 +14,7 @@ from aqua_jax.memory.arena import PAGE, Arena
 from aqua_jax.memory.client import Client
 from aqua_jax.memory.link import STATUS, Entry
 from tests.coordinator.running import Raw
+from tests.faults.coordinated import borrower
 from tests.memory.lending import wait_for
 
 MIB = 1 << 20
@@ -110,7 +112,7 @@ def test_calls_without_a_token_are_refused(running, undisturbed):
     for token in ((), (("aqua-token", "00" * 16),), (("aqua-token", "x"),)):
         with grpc.insecure_channel(sockets.target_of(running.path)) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(STATUS)(b"", timeout=10, metadata=token)
+                channel.unary_unary(STATUS)(b"", timeout=60, metadata=token)
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -118,7 +120,7 @@ def test_a_token_serves_one_connection(running, undisturbed):
     with Raw(running.path) as raw:
         with grpc.insecure_channel(sockets.target_of(running.path)) as channel:
             call = channel.stream_stream("/aqua_jax.coordinator.Coordinator/Attach")(
-                iter([b""]), timeout=10, metadata=(("aqua-token", raw.entry.token.hex()),)
+                iter([b""]), timeout=60, metadata=(("aqua-token", raw.entry.token.hex()),)
             )
             with pytest.raises(grpc.RpcError):
                 next(call)
@@ -155,9 +157,24 @@ def test_a_flood_of_connections(running, undisturbed):
     assert running.process.child.poll() is None
     with pytest.raises(CoordinatorError):
         Client(running.path, timeout_s=0.5)
+    # Others' processes come in all the same.
+    with borrower(running.path) as other:
+        assert other.ask("borrow 4096") == "clean" and other.ask("close") == "ok"
     for entry in entries:
         entry.close()
     wait_for(lambda: Entry(running.path, 10.0).close() is None)
+
+
+def test_no_process_takes_all_places(running, undisturbed):
+    """Of 64; two are taken by the lender and the holder of this test, in this process."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            stack.enter_context(Raw(running.path))
+        with pytest.raises(CoordinatorError, match="32 clients of one process"):
+            Client(running.path, timeout_s=2.0)
+        with borrower(running.path) as other:
+            assert other.ask("borrow 4096") == "clean" and other.ask("close") == "ok"
+    wait_for(lambda: len(running.status().clients) == 2)
 
 
 def test_a_flood_of_requests(running, undisturbed):
