@@ -37,7 +37,7 @@ def define(flags: FlagSet) -> None:
         )
         flags.size("quota", None, "Most memory that one borrower may hold.")
         flags.integer(
-            "max_clients", 64, "Most clients at a time, half of them of one process at most.", 1, 4096
+            "max_clients", 64, "Most clients at a time, of one process half of them.", 1, 4096
         )
     with flags.group("Watching"):
         flags.integer(
