@@ -25,7 +25,7 @@ prefixes and the pages of sequences that gave way are in one set.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from sortedcontainers import SortedDict
@@ -51,11 +51,11 @@ class Evictable(Protocol):
           turn: rises with the time of its next use's beginning to wait; None: nobody waits for it.
         """
 
-    def discard(self, page: int) -> None:
-        """Take out a page that is referenced again; it must be in the set."""
+    def discard(self, page: int, turn: int | None) -> None:
+        """Take out a page that is referenced again; it must be in the set, with that turn."""
 
-    def pop(self) -> int:
-        """Take out the page to lose next; the set must not be empty."""
+    def take(self, count: int) -> list[int]:
+        """Take out the pages to lose next; the set must hold so many."""
 
     def __len__(self) -> int: ...
 
@@ -70,13 +70,13 @@ class LeastRecentlyUsed:
         """Put in a page as the most recently used one."""
         self._pages[page] = None
 
-    def discard(self, page: int) -> None:
+    def discard(self, page: int, turn: int | None) -> None:
         """Take out a page that is referenced again."""
         del self._pages[page]
 
-    def pop(self) -> int:
-        """Take out the least recently used page."""
-        return self._pages.popitem(last=False)[0]
+    def take(self, count: int) -> list[int]:
+        """Take out the least recently used pages."""
+        return [self._pages.popitem(last=False)[0] for _ in range(count)]
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -90,46 +90,46 @@ class FarthestNextUse:
     def __init__(self) -> None:
         self._unclaimed: OrderedDict[int, None] = OrderedDict()
         self._turns: SortedDict = SortedDict()  # turn -> its pages
-        self._turn_of: dict[int, int] = {}
-        self._last: OrderedDict[int, None] | None = None  # pages of the last turn, if known
+        self._claimed = 0
 
     def add(self, page: int, turn: int | None) -> None:
         """Put in a page, claimed by the owner of a turn or by nobody."""
         if turn is None:
             self._unclaimed[page] = None
-        else:
-            self._turn_of[page] = turn
-            pages = self._turns.get(turn)
-            if pages is None:
-                pages = self._turns[turn] = OrderedDict()
-                self._last = None
-            pages[page] = None
+            return
+        pages = self._turns.get(turn)
+        if pages is None:
+            pages = self._turns[turn] = OrderedDict()
+        pages[page] = None
+        self._claimed += 1
 
-    def discard(self, page: int) -> None:
+    def discard(self, page: int, turn: int | None) -> None:
         """Take out a page that is referenced again."""
-        turn = self._turn_of.pop(page, None)
         if turn is None:
             del self._unclaimed[page]
             return
         pages = self._turns[turn]
         del pages[page]
+        self._claimed -= 1
         if not pages:
             del self._turns[turn]
-            self._last = None
 
-    def pop(self) -> int:
-        """Take out the page to lose next."""
-        if self._unclaimed:
-            return self._unclaimed.popitem(last=False)[0]
-        # An owner's pages are released last page first, so its first in the set is its last page.
-        if self._last is None:
-            self._last = self._turns.peekitem(-1)[1]
-        page = next(iter(self._last))
-        self.discard(page)
-        return page
+    def take(self, count: int) -> list[int]:
+        """Take out the pages to lose next."""
+        unclaimed = self._unclaimed
+        taken = [unclaimed.popitem(last=False)[0] for _ in range(min(count, len(unclaimed)))]
+        while len(taken) < count:
+            # An owner's pages are released last page first, so its first in the set is its last.
+            turn, pages = self._turns.peekitem(-1)
+            here = min(count - len(taken), len(pages))
+            taken += [pages.popitem(last=False)[0] for _ in range(here)]
+            self._claimed -= here
+            if not pages:
+                del self._turns[turn]
+        return taken
 
     def __len__(self) -> int:
-        return len(self._unclaimed) + len(self._turn_of)
+        return len(self._unclaimed) + self._claimed
 
 
 class PagePool:
@@ -206,42 +206,61 @@ class PagePool:
             raise PageError(f"cannot allocate {count} pages")
         if count > self.available:
             return None
-        free, evictable, handles = self._free, self._evictable, []
-        for _ in range(count):
-            if free:
-                page = free.pop()
-            else:
-                page = evictable.pop()
+        free, references, generations = self._free, self._references, self._generations
+        pages = [free.pop() for _ in range(min(count, len(free)))]
+        if len(pages) < count:
+            evicted = self._evictable.take(count - len(pages))
+            for page in evicted:
                 self._forget(page)
-            self._references[page] = 1
-            self._generations[page] = generation = self._generations[page] + 1
+            pages += evicted
+        handles = []
+        for page in pages:
+            references[page] = 1
+            generations[page] = generation = generations[page] + 1
             handles.append(PageHandle(page, generation))
         return handles
 
     def retain(self, handle: PageHandle) -> None:
         """Adds a reference to a page in use, or takes a cached one back into use."""
-        page = self._check(handle)
-        references = self._references[page]
-        if references == 0:
-            if not self._findable(page):
-                raise StaleHandleError(f"page {page} was released; its content is gone")
-            self._evictable.discard(page)
-        elif references == self._pins[page]:
-            self.leaving -= 1
-        self._references[page] = references + 1
+        self.retain_all((handle,))
+
+    def retain_all(self, handles: Iterable[PageHandle]) -> None:
+        """`retain`, one after the other."""
+        references, pins, check = self._references, self._pins, self._check
+        for handle in handles:
+            page = check(handle)
+            count = references[page]
+            if count == 0:
+                self._revive(page)
+            elif count == pins[page]:
+                self.leaving -= 1
+            references[page] = count + 1
+
+    def _revive(self, page: int) -> None:
+        """Somebody wants a page that nobody holds."""
+        if not self._findable(page):
+            raise StaleHandleError(f"page {page} was released; its content is gone")
+        self._evictable.discard(page, self._turns[page])
 
     def release(self, handle: PageHandle) -> None:
         """Drops a reference; with the last one the page becomes cached (has a digest, or is kept)
         or free."""
-        page = self._check(handle)
-        references = self._references[page] - 1
-        if references < 0:
-            raise PageError(f"page {page} is released more often than it was retained")
-        self._references[page] = references
-        if references == 0:
-            self._unused(page)
-        elif references == self._pins[page]:
-            self.leaving += 1
+        self.release_all((handle,))
+
+    def release_all(self, handles: Sequence[PageHandle]) -> None:
+        """`release`, last page first: a prefix is found from its first page on, so the tail must
+        be evicted before the head."""
+        references, pins, check, unused = self._references, self._pins, self._check, self._unused
+        for handle in reversed(handles):
+            page = check(handle)
+            count = references[page] - 1
+            if count < 0:
+                raise PageError(f"page {page} is released more often than it was retained")
+            references[page] = count
+            if count == 0:
+                unused(page)
+            elif count == pins[page]:
+                self.leaving += 1
 
     def _unused(self, page: int) -> None:
         """The last reference has ended."""
@@ -253,11 +272,12 @@ class PagePool:
     def pin(self, handle: PageHandle) -> None:
         """`retain` with a reference that ends by itself: a copy's. What has no others is
         `leaving`."""
-        self.retain(handle)
-        page = handle.id
-        self._pins[page] += 1
-        if self._references[page] == self._pins[page]:
+        page = self._check(handle)
+        if self._references[page] == 0:
+            self._revive(page)
             self.leaving += 1
+        self._references[page] += 1
+        self._pins[page] += 1
 
     def unpin(self, handle: PageHandle) -> None:
         """Ends what `pin` began."""
@@ -269,27 +289,43 @@ class PagePool:
         self._pins[page] -= 1
         self.release(handle)
 
-    def holders(self, handle: PageHandle) -> int:
-        """References to a page besides its pins."""
-        page = self._check(handle)
-        return self._references[page] - self._pins[page]
-
     def pins(self, handle: PageHandle) -> int:
         """References to a page in use that end by themselves."""
         return self._pins[handle.id]
 
-    def keep(self, handle: PageHandle, turn: int) -> None:
-        """Marks a page in use: its content stays, once released, until an allocation takes it.
+    def freed(self, handles: Iterable[PageHandle], gone: dict[int, int]) -> int:
+        """Pages that come free, now or when pins end, if a holder of each of these lets go of it.
 
         Args:
-          handle: of a page with a reference.
-          turn: of its owner; those with lower ones come back earlier. Of several the lowest counts.
+          handles: of pages in use, each once.
+          gone: page id -> holders that have let go before, in the caller's mind; counts these. Less
+            than there are: what never comes free.
         """
-        page = self._check(handle)
-        if self._references[page] == 0:
-            raise PageError(f"page {page} is not in use")
-        before = self._turns[page]
-        self._turns[page] = turn if before is None else min(before, turn)
+        references, pins, count = self._references, self._pins, 0
+        for page in map(self._check, handles):
+            left = references[page] - pins[page] - 1
+            if left or page in gone:
+                before = gone.get(page, 0)
+                gone[page] = before + 1
+                left -= before
+            count += left == 0
+        return count
+
+    def keep(self, handles: Iterable[PageHandle], turn: int) -> None:
+        """Marks pages in use: their content stays, once released, until an allocation takes it.
+
+        Args:
+          handles: of pages with a reference.
+          turn: of their owner; those with lower ones come back earlier. Of several the lowest
+            counts.
+        """
+        references, turns = self._references, self._turns
+        for page in map(self._check, handles):
+            if references[page] == 0:
+                raise PageError(f"page {page} is not in use")
+            before = turns[page]
+            if before is None or before > turn:
+                turns[page] = turn
 
     def unkeep(self, handle: PageHandle) -> None:
         """Ends what `keep` began; a page without reference and digest is free then."""
@@ -298,7 +334,7 @@ class PagePool:
             return
         cached = self._references[page] == 0
         if cached:
-            self._evictable.discard(page)
+            self._evictable.discard(page, self._turns[page])
         self._turns[page] = None
         if cached and self._digests[page] is not None:
             self._evictable.add(page, None)
@@ -319,6 +355,11 @@ class PagePool:
         """How many hold the page; 0 for a cached one."""
         return self._references[self._check(handle)]
 
+    def cached_among(self, handles: Iterable[PageHandle]) -> int:
+        """How many of these pages nobody holds."""
+        references = self._references
+        return [references[page] for page in map(self._check, handles)].count(0)
+
     def identify(self, handle: PageHandle, digest: bytes) -> bool:
         """Makes the content of a page in use findable by `digest`.
 
@@ -337,24 +378,31 @@ class PagePool:
 
     def find(self, digest: bytes) -> PageHandle | None:
         """The page with this content, in use or cached; not retained."""
-        page = self._by_digest.get(digest)
-        return None if page is None else PageHandle(page, self._generations[page])
+        pages = self.find_run((digest,))
+        return pages[0] if pages else None
+
+    def find_run(self, digests: Iterable[bytes]) -> list[PageHandle]:
+        """`find` of each, up to the first that isn't there."""
+        by_digest, generations, found = self._by_digest, self._generations, []
+        for digest in digests:
+            page = by_digest.get(digest)
+            if page is None:
+                break
+            found.append(PageHandle(page, generations[page]))
+        return found
 
     def forget_cached(self) -> int:
         """Empties the cache and makes pages in use unfindable; returns the pages freed.
 
         For when the contents of the pool are lost.
         """
-        freed = 0
-        while len(self._evictable):
-            page = self._evictable.pop()
-            self._turns[page] = None
+        pages = self._evictable.take(len(self._evictable))
+        for page in pages:
             self._free.append(page)
-            freed += 1
         for page in list(self._by_digest.values()):
             self._forget(page)
         self._turns = [None] * self.num_pages
-        return freed
+        return len(pages)
 
     def _findable(self, page: int) -> bool:
         return self._digests[page] is not None or self._turns[page] is not None
@@ -376,12 +424,3 @@ class PagePool:
             )
         return page
 
-
-def release_all(pool: PagePool, handles: Sequence[PageHandle]) -> None:
-    """Releases a sequence's pages, last page first.
-
-    A prefix is found from its first page on, so the tail must be evicted before the head.
-    """
-    release = pool.release
-    for handle in reversed(handles):
-        release(handle)

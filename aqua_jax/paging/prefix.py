@@ -62,13 +62,7 @@ class PrefixCache:
 
         Neither retained nor counted: a caller that has to wait for memory may ask at each step.
         """
-        handles: list[PageHandle] = []
-        for digest in chain.digests[first : max_tokens // self._pool.page_tokens]:
-            handle = self._pool.find(digest)
-            if handle is None:
-                break
-            handles.append(handle)
-        return handles
+        return self._pool.find_run(chain.digests[first : max_tokens // self._pool.page_tokens])
 
     def lookup(
         self, tokens: Sequence[int], salt: bytes = b"", max_tokens: int | None = None
@@ -78,8 +72,7 @@ class PrefixCache:
         chain.extend(tokens)
         limit = len(tokens) if max_tokens is None else max_tokens
         handles = self.match(chain, limit)
-        for handle in handles:
-            self._pool.retain(handle)
+        self._pool.retain_all(handles)
         self.count(min(limit, len(tokens)), len(handles) * self._pool.page_tokens)
         return handles
 

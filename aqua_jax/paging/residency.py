@@ -23,10 +23,10 @@ recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 from aqua_jax.paging.moves import Move, Part, Store
-from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+from aqua_jax.paging.pages import PageHandle, PagePool
 from aqua_jax.paging.queue import MoveQueue
 from aqua_jax.paging.reclaim import Copy, Reclaim
 from aqua_jax.paging.stored import ResidencyCounters, Stored, Tiers
@@ -75,6 +75,11 @@ class Residency:
     def leaving(self) -> int:
         """Pool pages that come free when outward moves end, and not before."""
         return self._pool.leaving
+
+    @property
+    def awaiting(self) -> Collection[Hashable]:
+        """Owners of which pages are still being copied in."""
+        return self._awaited
 
     def arriving(self, owner: Hashable) -> bool:
         """Whether pages of the owner are still being copied in."""
@@ -162,22 +167,24 @@ class Residency:
         backed = self._backed.setdefault(owner, [])
         # Of an owner with pages all copies are whole, or promised to be, but the last.
         first = len(backed) - (bool(backed) and backed[-1].promised < size)
-        begun = 0
-        for index in range(first, self._pool.pages_for(tokens)):
+        end, by_page, begun = self._pool.pages_for(tokens), self._by_page, 0
+        for index in range(first, end):
             if begun == limit:
                 break
             page = pages[index]
-            count = min(size, tokens - index * size)
-            if index == len(backed):
-                known = self._by_page.get(page)
-                stored = known if known is not None else self._store(page, owner)
-                if stored is None:
-                    self.counters.refused += self._pool.pages_for(tokens) - index
+            count = size if index < end - 1 else tokens - index * size
+            if index < len(backed):
+                stored = backed[index]
+            else:
+                known = by_page.get(page) or self._store(page, owner)
+                if known is None:
+                    self.counters.refused += end - index
                     break
+                stored = known
                 stored.owners.append(owner)
                 backed.append(stored)
-            stored = backed[index]
-            stored.home_tokens = max(stored.home_tokens, count)
+            if count > stored.home_tokens:
+                stored.home_tokens = count
             if count > stored.promised:
                 if stored.store.lost:
                     lost, slot = stored.store, stored.slot
@@ -197,26 +204,27 @@ class Residency:
         self.counters.departures += 1
         self.counters.tokens_held += tokens
         self._turn += 1
-        size, keep, turn = self._pool.page_tokens, self._pool.keep, self._turn
-        for stored, page in zip(self._backed[owner], pages, strict=False):
-            if stored.home == page and self._by_page.get(page) is stored:  # as it is for most
-                stored.home_tokens = min(size, tokens)
+        backed, by_page, size = self._backed[owner], self._by_page, self._pool.page_tokens
+        for stored, page in zip(backed, pages, strict=False):
+            tokens_here = size if tokens >= size else tokens
+            if stored.home == page and by_page.get(page) is stored:  # as it is for most
+                stored.home_tokens = tokens_here
             else:
-                self._settle_home(stored, page, min(size, tokens))
-            keep(page, turn)
+                self._settle_home(stored, page, tokens_here)
             tokens -= size
-        release_all(self._pool, pages)
+        self._pool.keep(pages[: len(backed)], self._turn)
+        self._pool.release_all(pages)
 
     def come_back(
         self, owner: Hashable, found: Sequence[tuple[PageHandle | None, Stored, int]],
-        pages: Sequence[PageHandle],
+        homes: Sequence[PageHandle | None], pages: Sequence[PageHandle],
     ) -> None:
         """The owner has pages again.
 
         Args:
           owner: holds a reference to each of `pages`.
-          found: what `find` has said, or its beginning; the scheduler may have put a page of the
-            same content in the place of a None.
+          found: what `find` has said, or its beginning.
+          homes: where that is in the pool: as `find` has said, or a page of the same content.
           pages: its new page table; those that were found are the same.
         """
         backed = self._backed[owner]
@@ -224,10 +232,10 @@ class Residency:
             self._disown(stored, owner)
         del backed[len(found) :]
         self._resident[owner] = None
-        for index, (home, stored, tokens) in enumerate(found):
+        for (_, stored, tokens), home, page in zip(found, homes, pages, strict=False):
             self.counters.tokens_held += tokens
             if home is None:
-                self._bring_in(stored, pages[index])
+                self._bring_in(stored, page)
             else:
                 self.counters.tokens_revived += tokens
                 if home != stored.home:
@@ -254,21 +262,15 @@ class Residency:
         Returns:
           Pages begun.
         """
-        begun = 0
-        for home, stored, _ in found:
-            if begun >= limit:
-                break
-            if home is not None:
-                continue
-            pages = self._pool.allocate(1)
-            if pages is None:
-                break
-            self._bring_in(stored, pages[0])
-            self._pool.keep(pages[0], 0)
-            self._pool.release(pages[0])  # the moves hold it until they have ended
-            begun += 1
-        self.counters.prefetched += begun
-        return begun
+        gone = [stored for home, stored, _ in found if home is None]
+        pages = self._pool.allocate(max(0, min(len(gone), limit, self._pool.available))) or ()
+        for stored, page in zip(gone, pages, strict=False):
+            self._bring_in(stored, page)
+        self._pool.keep(pages, 0)
+        for page in pages:
+            self._pool.release(page)  # the moves hold it until they have ended
+        self.counters.prefetched += len(pages)
+        return len(pages)
 
     def drop(self, owner: Hashable) -> None:
         """The owner has ended, or starts over: its copies are not needed."""

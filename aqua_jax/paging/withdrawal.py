@@ -99,7 +99,7 @@ class WithdrawablePool(PagePool):
             if self._references[page]:
                 self._pending[extent] += 1
             elif self._findable(page):
-                self._evictable.discard(page)
+                self._evictable.discard(page, self._turns[page])
                 self._forget(page)
                 self.away += 1
             else:

@@ -85,12 +85,12 @@ class WaitingBound:
 
 def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
     """The bound of the module's text. Infinite where slices are."""
+    if machine.slice_steps == math.inf:
+        return WaitingBound(math.inf, math.inf)
     turns = math.ceil((2.0 * load.inverse_share + load.sequences) / (1.0 - machine.credit_share))
     turns += machine.early_turns
     if load.users > 1:
         turns = math.ceil(load.inverse_user_share * load.turn_ratio * (turns + 2) + load.claims)
-    if machine.slice_steps == math.inf:
-        return WaitingBound(math.inf, math.inf)
     latency = machine.run_ahead + _SWITCH_LATENCY
     steps = turns * math.ceil(load.longest / machine.prefill_tokens)
     steps += (math.ceil(turns / machine.concurrent) + 1) * (int(machine.slice_steps) + latency)

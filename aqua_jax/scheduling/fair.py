@@ -258,10 +258,12 @@ class Fair:
         if self._early and self._keeps is not None and head.preemptions == 0:
             begun = self.slices.steps - 1
         price = 0.0
-        for account in self._by_merit(running):
+        for account in reversed(self._by_merit(running)):
             user, one = account.user, account.sequence
-            if account.slice_left > begun or one.status is not Status.RUNNING:
-                continue  # in its slice, or gone since the plan began
+            if account.slice_left > begun:
+                return  # those that are left are further inside their slices
+            if one.status is not Status.RUNNING:
+                continue  # gone since the plan began
             if account.vruntime < least if user is waiting.user else user.vruntime < users_least:
                 continue
             if self.slices.guarded:
@@ -273,14 +275,18 @@ class Fair:
             yield one
 
     def _by_merit(self, running: Iterable[Sequence]) -> list[_Account]:
-        """Accounts of those who run, most served first. Found once a plan, for in its course
+        """Accounts of those who run, most served last. Found once a plan, for in its course
         sequences only go, or come with a slice before them; but users are charged."""
-        if self._merits is None:
-            self._merits = [self._accounts[one] for one in running]
-            self._merits.sort(key=_merit, reverse=True)
-        elif len(self._active) > 1:
-            self._merits.sort(key=_merit, reverse=True)
-        return self._merits
+        merits = self._merits
+        if merits is None:
+            merits = self._merits = [self._accounts[one] for one in running]
+            merits.sort(key=_merit)
+            return merits
+        while merits and merits[-1].sequence.status is not Status.RUNNING:
+            merits.pop()
+        if len(self._active) > 1:
+            merits.sort(key=_merit)
+        return merits
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
         """Sequences inside their slices first, those before the first token of a slice (who would

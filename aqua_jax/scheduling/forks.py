@@ -22,7 +22,7 @@ class Queue:
     @property
     def num_held(self) -> int:
         """Forks that wait aside."""
-        return sum(map(len, self._held.values()))
+        return sum(map(len, self._held.values())) if self._held else 0
 
     def push(self, sequence: Sequence) -> None:
         """Into the policy's queue, or, for a fork that can share its parent's prompt soon, aside:
@@ -57,9 +57,8 @@ class Queue:
 
     def release(self, parent: Sequence) -> None:
         """The prompt of a parent is computed, or it has ended: its forks queue."""
-        if self._held:
-            for fork in self._held.pop(parent, ()):
-                self._policy.push(fork)
+        for fork in self._held.pop(parent, ()):
+            self._policy.push(fork)
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether a parent's prompt can be shared soon, and cannot be yet."""

@@ -7,19 +7,19 @@ on the sequences right.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from aqua_jax.errors import SequenceStateError
-from aqua_jax.paging.pages import PageHandle, PagePool, release_all
+from aqua_jax.paging.pages import PageHandle, PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency, Stored
 from aqua_jax.scheduling.sequence import Sequence, Status
 
+_NEVER = -1 << 40  # holders that would have to go first
 
-@dataclasses.dataclass(frozen=True)
-class Found:
+
+class Found(NamedTuple):
     """What of a waiting sequence needn't be computed."""
 
     pages: list[PageHandle | None]  # its leading pages; None: to be copied in from a store
@@ -28,9 +28,11 @@ class Found:
     # Of the first pages, the sequence's own copies.
     kept: tuple[tuple[PageHandle | None, Stored, int], ...] = ()
 
-    @functools.cached_property
+    @property
     def shared(self) -> list[PageHandle]:
         """Pages in the pool."""
+        if not self.kept:  # as for all newcomers
+            return self.pages  # type: ignore[return-value]
         return [page for page in self.pages if page is not None]
 
 
@@ -97,7 +99,7 @@ class Holdings:
     def demand(self, sequence: Sequence, found: Found) -> int:
         """Pages that taking a sequence in costs, of those that are available."""
         shared = found.shared
-        cached = list(map(self.pool.references, shared)).count(0)
+        cached = self.pool.cached_among(shared)
         return self.pool.pages_for(sequence.total_len) - len(shared) + cached
 
     def take(self, sequence: Sequence, found: Found) -> tuple[int, int] | None:
@@ -109,29 +111,21 @@ class Holdings:
         Raises:
           SequenceStateError: there are not so many pages.
         """
-        pool = self.pool
-        retain = pool.retain
-        for page in found.shared:  # before allocating, which may evict what nobody holds
-            retain(page)
-        fresh = pool.allocate(pool.pages_for(sequence.total_len) - len(found.shared))
+        pool, shared = self.pool, found.shared
+        pool.retain_all(shared)  # before allocating, which may evict what nobody holds
+        fresh = pool.allocate(pool.pages_for(sequence.total_len) - len(shared))
         if fresh is None:
             raise SequenceStateError(f"{sequence}: pages changed during a plan")
         unused = iter(fresh)
-        pages = [next(unused) if page is None else page for page in found.pages]
+        pages = [page or next(unused) for page in found.pages]
         # Leading pages that can be found already, by everybody.
-        registered = 0
-        while registered < len(pages) and found.pages[registered] is not None:
-            registered += 1
-        sequence.pages = pages + list(unused)
+        registered = len(pages) if len(shared) == len(pages) else found.pages.index(None)
+        sequence.pages = [*pages, *unused]
         sequence.num_computed = found.tokens
         sequence.num_registered = min(registered, found.tokens // pool.page_tokens)
         if self.residency is not None:
             if found.kept:
-                kept = [
-                    (page, stored, tokens)
-                    for page, (_, stored, tokens) in zip(found.pages, found.kept, strict=False)
-                ]
-                self.residency.come_back(sequence, kept, sequence.pages)
+                self.residency.come_back(sequence, found.kept, found.pages, sequence.pages)
             else:
                 self.residency.drop(sequence)
         if found.source is None:
@@ -158,7 +152,7 @@ class Holdings:
             return
         if self.residency is not None:
             self.residency.drop(sequence)
-        release_all(self.pool, pages)
+        self.pool.release_all(pages)
 
     def prefetch(self, sequence: Sequence, spare: int, found: Found | None = None) -> int:
         """Begins to copy back pages of the sequence that comes next, into `spare` pages; `found`:
@@ -211,14 +205,9 @@ class Holdings:
     ) -> Iterator[tuple[Sequence, int]]:
         """Each of `victims`, and the pages that come free as it gives way, in this order, one after
         another; those of `spared` stay."""
-        kept, released = set(spared), dict[PageHandle, int]()
-        holders = self.pool.holders
+        gone = {page.id: _NEVER for page in spared}
         for victim in victims:
-            gain = 0
-            for page in victim.pages:
-                released[page] = gone = released.get(page, 0) + 1
-                gain += holders(page) == gone and page not in kept
-            yield victim, gain
+            yield victim, self.pool.freed(victim.pages, gone)
 
     def pins(self, page: PageHandle) -> int:
         """References to a page that copies to a store hold."""

@@ -79,28 +79,30 @@ class Room:
         return pages
 
     def victims(
-        self, head: Sequence, found: Found, yielding: Iterable[Sequence], wishes: tuple[int, ...]
+        self, head: Sequence, found: Found, demand: int, yielding: Iterable[Sequence],
+        wishes: tuple[int, ...],
     ) -> list[Sequence]:
-        """The first of `yielding`, as many as must go so that `head` fits and so many pages are
-        left as the first of `wishes` that can be had; none if it fits without, or not even when
-        all go: then nobody goes, and what comes free is kept for it."""
+        """The first of `yielding`, as many as must go so that `head`, which demands so many pages,
+        fits and so many are left as the first of `wishes` that can be had; none if it fits without,
+        or not even when all go: then nobody goes, and what comes free is kept for it."""
         parent = head.parent
         if parent is None:
-            return self._enough(head, found, yielding, wishes)
+            return self._enough(found, demand, yielding, wishes)
         everyone = list(yielding)
         others = [sequence for sequence in everyone if sequence is not parent]
         for wish in wishes:
-            victims = self._enough(head, found, others, (wish,))
+            victims = self._enough(found, demand, others, (wish,))
             if not victims and parent in everyone:  # it goes too, and there is nothing to share
-                victims = self._enough(head, Found([], 0), everyone, (wish,))
+                alone = self._pool.pages_for(head.total_len)
+                victims = self._enough(Found([], 0), alone, everyone, (wish,))
             if victims:
                 return victims
         return []
 
     def _enough(
-        self, head: Sequence, found: Found, yielding: Iterable[Sequence], wishes: tuple[int, ...]
+        self, found: Found, demand: int, yielding: Iterable[Sequence], wishes: tuple[int, ...]
     ) -> list[Sequence]:
-        missing = self._holdings.demand(head, found) - self._holdings.available
+        missing = demand - self._holdings.available
         least = len(wishes)  # wishes from here on are granted by the first `count` of `going`
         going: list[Sequence] = []
         count = 0
@@ -126,15 +128,15 @@ class Room:
         waits = 0 if head is None else self._pool.pages_for(head.total_len)
         return 2 * self._pool.pages_for(self._config.max_step_tokens) + waits
 
-    def newcomers(self, head: Sequence, found: Found, count: int) -> int:
+    def newcomers(self, head: Sequence, demand: int, count: int) -> int:
         """Pages that the other newcomers, of `count` in all, may need, as far as a step has room
-        for their prompts; 0 if the head is none. Nobody looks how long their prompts are; as long
-        as the head's, then. Copying victims out for one newcomer at a time cost the last ones of a
-        burst of 64 two steps each."""
+        for their prompts; 0 if the head is none. Nobody looks how long their prompts are; each
+        demands what the head does, then. Copying victims out for one newcomer at a time cost the
+        last ones of a burst of 64 two steps each."""
         if self._residency is None or head.preemptions:
             return 0
         fitting = self._config.max_step_tokens // head.total_len
-        return max(0, min(count, fitting) - 1) * self._holdings.demand(head, found)
+        return max(0, min(count, fitting) - 1) * demand
 
     def swaps(self, computed: int, unsaved: int) -> bool:
         """Whether copying out and back is cheaper than recomputing."""

@@ -49,7 +49,7 @@ import itertools
 
 from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.moves import Move
-from aqua_jax.paging.pages import PagePool, release_all
+from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.ahead import Ahead
@@ -177,7 +177,7 @@ class Scheduler:
         if not draft.pages_short:
             self._admit_waiting(draft, now)
         plan = self._commit(draft, now)
-        release_all(self.pool, draft.sources)
+        self.pool.release_all(draft.sources)
         return draft, plan
 
     def accept(self, sequence: Sequence, token: int) -> None:
@@ -252,12 +252,14 @@ class Scheduler:
                 return  # its prompt could not begin in this step
             growth += self.room.growth((head,))
             headroom = self.room.headroom(head, growth)
-            others = self.room.newcomers(head, found, len(self._new))
+            demand = self.holdings.demand(head, found)
+            others = self.room.newcomers(head, demand, len(self._new))
             victims = self.room.victims(
-                head, found, itertools.chain((first,), owed),
+                head, found, demand, itertools.chain((first,), owed),
                 (growth + others, headroom) if others else (headroom,),
             )
             growth -= self.room.growth(victims)
+            draining = self.pool.draining > 0
             for victim in victims:
                 self._preempt(victim, draft)
             self.counters.switches += len(victims)
@@ -265,8 +267,8 @@ class Scheduler:
             # next one are under way while its prompt is computed.
             if not victims and (headroom or not self.slots.available):
                 return
-            if head.parent in victims:  # there is nothing to share any more
-                found = self.holdings.find(head)
+            if head.parent in victims or (victims and draining):
+                found = self.holdings.find(head)  # what they shared with it may be gone
             if not self._admit(head, found, draft, growth):
                 return
             unfinished += head.pending
@@ -275,14 +277,15 @@ class Scheduler:
 
     def _serve_running(self, draft: Draft, now: float) -> None:
         order = self.policy.running_order(self._running, now)
-        runnable = [s for s in order if not s.complete]
+        runnable = [s for s in order if len(s.tokens) + s.num_inflight < s.max_total_tokens]
         draft.pages_coming = len(runnable) < len(order)
         if self.residency is not None:
             coming = sum(len(s.pages) for s in order if s.complete) if draft.pages_coming else 0
-            arriving = self.residency.arriving
-            runnable = self._make_room([s for s in runnable if not arriving(s)], coming, draft)
+            if arriving := self.residency.awaiting:
+                runnable = [s for s in runnable if s not in arriving]
+            runnable = self._make_room(runnable, coming, draft)
         size = self.pool.page_tokens
-        demands = [sequence.pending for sequence in runnable]
+        demands = [len(s.tokens) + s.num_inflight - s.num_computed for s in runnable]
         decodes_to_come = demands.count(1)
         for index, sequence in enumerate(runnable):
             pending = demands[index]
@@ -449,17 +452,20 @@ class Scheduler:
         copies = list(draft.copies.values())
         moved = relocate(self.holdings, self.room, self._running, copies) if draft.chunks else ()
         num_tokens = self.config.max_step_tokens - draft.budget
-        for chunk in draft.chunks:
-            sequence = chunk.sequence
+        register, size = self.holdings.register, self.pool.page_tokens
+        serve = None if self.policy.timeless else self.policy.on_service
+        for sequence, _, count, sample in draft.chunks:
             if sequence.returned >= 0:
                 self.costs.observe_return(self.counters.plans - sequence.returned)
                 sequence.returned = -1
-            sequence.num_computed += chunk.count
-            if chunk.sample:
+            sequence.num_computed += count
+            if sample:
                 sequence.num_inflight += 1
-            self.holdings.register(sequence)
-            self.policy.on_service(sequence, tokens=chunk.count)
-            if sequence.num_computed >= sequence.prompt_len - 1:
+            if sequence.num_computed >= (sequence.num_registered + 1) * size:
+                register(sequence)
+            if serve is not None:
+                serve(sequence, tokens=count)
+            if self._queue.num_held and sequence.num_computed >= sequence.prompt_len - 1:
                 self._queue.release(sequence)
         plan = Plan(
             self.counters.plans, tuple(draft.chunks), tuple(copies), tuple(draft.preempted),

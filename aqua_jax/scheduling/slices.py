@@ -77,6 +77,7 @@ class Slices:
             else float(config.slice_steps)
         )
         self._rate = config.recompute_share / (1 - config.recompute_share)
+        self._most = self._rate * _SAVINGS_TOKENS
         self._budget = 0.0  # tokens that may be recomputed
         self._step_s = 0.0
         self._planned_at: float | None = None
@@ -125,7 +126,9 @@ class Slices:
 
     def earn(self, tokens: int) -> None:
         """Tokens were computed for the first time."""
-        self._budget = min(self._budget + self._rate * tokens, self._rate * _SAVINGS_TOKENS)
+        self._budget += self._rate * tokens
+        if self._budget > self._most:
+            self._budget = self._most
 
     def spend(self, tokens: float) -> None:
         """A switch costs as much as so many tokens (negative: less than was charged before)."""

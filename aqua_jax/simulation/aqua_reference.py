@@ -23,7 +23,7 @@ from collections.abc import Sequence as Sequence_
 
 from aqua_jax.errors import SequenceStateError
 from aqua_jax.paging.moves import Move
-from aqua_jax.paging.pages import PagePool, release_all
+from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.sequence import Sequence, Status
@@ -111,7 +111,7 @@ class AquaReference:
     def finish(self, sequence: Sequence) -> None:
         """Ends a running sequence."""
         self._running.remove(sequence)
-        release_all(self.pool, sequence.pages)
+        self.pool.release_all(sequence.pages)
         sequence.pages = []
         sequence.status = Status.FINISHED
         for store, slot in self._copies.pop(sequence, ()):
@@ -222,7 +222,7 @@ class AquaReference:
         return None
 
     def _vacate(self, sequence: Sequence) -> None:
-        release_all(self.pool, sequence.pages)
+        self.pool.release_all(sequence.pages)
         sequence.pages = []
         sequence.status = Status.WAITING
         sequence.preemptions += 1

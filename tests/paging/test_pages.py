@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from aqua_jax.errors import PageError, StaleHandleError
-from aqua_jax.paging.pages import LeastRecentlyUsed, PageHandle, PagePool, release_all
+from aqua_jax.paging.pages import LeastRecentlyUsed, PageHandle, PagePool
 from tests.scale import scaled
 
 
@@ -116,7 +116,7 @@ def test_allocation_is_all_or_nothing():
     assert pool.allocate(2) is None
     assert (pool.in_use, pool.free) == (3, 1)
     assert pool.allocate(0) == []
-    release_all(pool, kept)
+    pool.release_all(kept)
     assert pool.free == 4
 
 
@@ -152,7 +152,7 @@ def test_evicts_the_tail_of_a_prefix_before_its_head():
     pages = pool.allocate(3)
     for index, page in enumerate(pages):
         pool.identify(page, bytes([index]))
-    release_all(pool, pages)
+    pool.release_all(pages)
     pool.allocate(1)
     assert [pool.find(bytes([i])) is not None for i in range(3)] == [True, True, False]
 
@@ -170,8 +170,8 @@ def test_identifying_twice_keeps_the_older_page():
 
 def test_the_order_of_eviction_can_be_replaced():
     class MostRecentlyUsed(LeastRecentlyUsed):
-        def pop(self):
-            return self._pages.popitem(last=True)[0]
+        def take(self, count):
+            return [self._pages.popitem(last=True)[0] for _ in range(count)]
 
     pool = PagePool(2, 16, MostRecentlyUsed())
     first, second = pool.allocate(2)

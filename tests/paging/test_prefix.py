@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from aqua_jax.paging.pages import PagePool, release_all
+from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import DigestChain, PrefixCache
 from tests.scale import scaled
 
@@ -42,7 +42,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert self.cache.counters.hit == before[1] + len(pages) * SIZE
         fresh = self.pool.allocate(self.pool.pages_for(len(tokens)) - len(pages))
         if fresh is None:
-            release_all(self.pool, pages)
+            self.pool.release_all(pages)
             return
         chain = self.cache.chain(salt)
         chain.extend(tokens)
@@ -56,7 +56,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 100))
     def end(self, choice):
         if self.held:
-            release_all(self.pool, self.held.pop(choice % len(self.held)))
+            self.pool.release_all(self.held.pop(choice % len(self.held)))
 
     @invariant()
     def no_leak(self):
@@ -102,7 +102,7 @@ def test_a_match_costs_nothing_and_changes_nothing():
     pages = pool.allocate(2)
     for page, digest in zip(pages, chain.digests, strict=True):
         cache.register(page, digest)
-    release_all(pool, pages)
+    pool.release_all(pages)
     assert cache.match(chain, 4) == pages
     assert cache.match(chain, 3) == pages[:1]
     assert (pool.in_use, pool.cached, cache.counters.queried) == (0, 2, 0)

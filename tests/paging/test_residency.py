@@ -49,7 +49,7 @@ class World:
         assert fresh is not None
         pages = [fresh.pop(0) if home is None else home for home, _, _ in found] + fresh
         self.held[owner] = pages
-        self.residency.come_back(owner, found, pages)
+        self.residency.come_back(owner, found, [home for home, _, _ in found], pages)
         return self.hand_over()
 
     def hand_over(self) -> list[Move]:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from aqua_jax.errors import PageError, StaleHandleError
-from aqua_jax.paging.pages import FarthestNextUse, PageHandle, release_all
+from aqua_jax.paging.pages import FarthestNextUse, PageHandle
 from aqua_jax.paging.withdrawal import WithdrawablePool
 from tests.scale import scaled
 
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
         for handle in handles:
             if handle in self.references:
                 self.turn += 1
-                self.pool.keep(handle, self.turn)
+                self.pool.keep([handle], self.turn)
                 self.kept.add(handle)
 
     @rule(handles=handles)
@@ -196,7 +196,7 @@ def test_the_last_extents_stay_empty():
     for _ in range(5):
         pages = pool.allocate(7)
         assert {page.id for page in pages} == set(range(7))
-        release_all(pool, pages)
+        pool.release_all(pages)
     pool.withdraw(2)
     pool.withdraw(1)
     assert (pool.away, pool.draining, pool.available) == (8, 0, 8)
@@ -209,7 +209,7 @@ def test_what_returns_is_handed_out_with_another_generation():
     pool.withdraw(0)
     assert pool.find(b"x") == second  # still good for whoever holds it, and whoever joins
     pool.retain(second)
-    release_all(pool, [second, second])
+    pool.release_all([second, second])
     assert pool.find(b"x") is None and pool.away == 1
     assert pool.allocate(1) is None
     pool.restore(pool.pages_of(0))

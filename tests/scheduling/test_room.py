@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from aqua_jax.paging.pages import PageHandle
 from aqua_jax.scheduling.fair import Fair, FairConfig
-from aqua_jax.scheduling.holdings import Found
 from aqua_jax.scheduling.sequence import Sequence
 from aqua_jax.scheduling.slices import SliceConfig
 from tests.scheduling.histories import PAGE_TOKENS, History, Machine
@@ -21,7 +20,7 @@ def test_other_newcomers_need_nothing_where_no_prompt_fits_a_step():
     )
     room = history.scheduler.room
     wanted = [
-        room.newcomers(Sequence(0, "0", [1] * prompt, 200), Found([], 0), 3)
+        room.newcomers(Sequence(0, "0", [1] * prompt, 200), -(-prompt // PAGE_TOKENS), 3)
         for prompt in (4, 8, 60)
     ]
     assert wanted == [2 * 1, 1 * 2, 0]  # others times pages
