@@ -403,15 +403,6 @@ def test_the_guard_bounds_what_is_recomputed() -> None:
         assert counters.recomputed_tokens >= 0.4 * share * counters.tokens
 
 
-@pytest.mark.parametrize("users", [1, 2])
-def test_without_slices_nothing_is_promised(users: int) -> None:
-    house = House(fair(math.inf))
-    for number in range(4):
-        house.add(4, 20, user=str(number % users))
-    bound = house.scheduler.waiting_bound()
-    assert bound is not None and bound.steps == bound.turns == math.inf
-
-
 def test_slices_follow_the_objective_for_gaps() -> None:
     def steps(slo: float) -> float:
         policy = fair("auto", tbt_slo_s=slo)

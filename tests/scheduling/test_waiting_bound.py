@@ -6,6 +6,7 @@ prefixes, pools and stores of all sizes, copies that take as long as they may.
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -111,4 +112,16 @@ def test_what_ran_while_nobody_waited_is_no_claim(host_slots: int) -> None:
         history.step()
     assert all(gap.steps <= gap.bound for gap in history.all_gaps())
     assert max(gap.steps for gap in history.all_gaps()) <= 60  # it was the rest of the run
+    history.close()
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_without_slices_nothing_is_promised(users: int) -> None:
+    history = History(
+        Machine(num_pages=40, max_num_seqs=4, max_step_tokens=16),
+        Fair(FairConfig(SliceConfig(math.inf))),
+    )
+    for number in range(4):
+        history.add(4, 20, user=str(number % users))
+    assert history.state_bound() == math.inf
     history.close()
