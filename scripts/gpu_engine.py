@@ -149,8 +149,8 @@ def median_s(run: Callable[[], Any], repeat: int = 7) -> float:
 
 def read_rate(nbytes: int) -> float:
     """Bytes a second of a sum over so many bytes, as XLA does it."""
-    array = jnp.ones((nbytes // 2,), jnp.bfloat16)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    array = jnp.ones((nbytes // 4,), jnp.float32)
+    total = jax.jit(jnp.sum)
     seconds = median_s(lambda: jax.block_until_ready(total(array)))
     array.delete()
     return nbytes / seconds

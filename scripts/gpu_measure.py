@@ -144,8 +144,8 @@ def attention_seconds(counts: list[int], length: int, layers: int) -> float:
 
 def read_rate() -> float:
     """GB/s of reading 4 GiB once (a sum), as XLA does it."""
-    x = jnp.ones((1 << 31,), jnp.bfloat16)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    x = jnp.ones((1 << 30,), jnp.float32)
+    total = jax.jit(jnp.sum)
     seconds = median_seconds(lambda: jax.block_until_ready(total(x)), 9)
     nbytes = x.nbytes
     x.delete()
