@@ -80,8 +80,9 @@ def run(flags: FlagSet) -> int:
         finally:
             journal.close()
     _log.info(
-        "%d answered, %d errors, %d already there; %d tokens, %.0f tokens/s", result.answered,
-        result.errors, result.skipped, result.output_tokens, progress.tokens_per_second,
+        "%d answered, %d errors, %d already there (%d of them errors); %d tokens, %.0f tokens/s",
+        result.answered, result.errors, result.skipped, result.errors_before,
+        result.output_tokens, progress.tokens_per_second,
     )
     if result.interrupted:
         _log.info("interrupted: the same command goes on from here")

@@ -11,7 +11,7 @@ from typing import Any
 from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.cli.parsers import format_size
 from aqua_jax.config import LOGPROBS_LIMIT, SWAPPING, EngineConfig, SamplingParams
-from aqua_jax.errors import FieldError
+from aqua_jax.errors import FieldError, RequestError
 
 # Fields whose flag has another name: --max_new_tokens is what newcomers look for.
 SAMPLING_FLAGS = {"max_tokens": "max_new_tokens", "seed": "sampling_seed"}
@@ -218,7 +218,9 @@ def define_sampling_flags(flags: FlagSet, title: str = "Sampling") -> None:
 
 def as_usage(error: FieldError, flags: FlagSet) -> UsageError:
     """A field's error in the words of the command line, where nothing is called null."""
-    flag = SAMPLING_FLAGS.get(error.field, error.field)
+    flag = error.field
+    if isinstance(error, RequestError):
+        flag = SAMPLING_FLAGS.get(flag, flag)
     allowed = re.sub(r"\bnull\b", "none given", error.allowed)
     return UsageError(f"flag --{flag}={flags.written(flag, error.value)}: allowed: {allowed}")
 
@@ -277,7 +279,8 @@ def sampling_params(flags: FlagSet) -> SamplingParams:
         values["stop_token_ids"] = tuple(int(token) for token in values["stop_token_ids"])
     except ValueError:
         raise UsageError(
-            f"flag --stop_token_ids={' '.join(values['stop_token_ids'])}: allowed: integers >= 0"
+            f"flag --stop_token_ids={' '.join(values['stop_token_ids'])}: allowed: integers >= 0, "
+            "the flag given once for each"
         ) from None
     try:
         return SamplingParams(**values)

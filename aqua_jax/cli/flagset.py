@@ -116,7 +116,10 @@ class FlagSet:
             rest = self.values(["aqua-jax", *arguments])[1:]
         except flags.UnrecognizedFlagError as error:
             raise UsageError(self._unknown(error.flagname)) from None
-        except flags.Error as error:
+        except flags.CantOpenFlagFileError as error:
+            reason = getattr(error.__context__, "strerror", None) or error
+            raise UsageError(f"flag --flagfile: {reason}") from None
+        except (flags.Error, ValueError) as error:  # ValueError: a value for --noNAME
             raise UsageError(str(error)) from None
         if rest:
             raise UsageError(f"unexpected argument {rest[0]!r}: use flags, --name=value")
@@ -133,6 +136,10 @@ class FlagSet:
         if name.startswith("_") or name in ("values",):
             raise AttributeError(name)
         return getattr(self.values, name)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a flag `name`."""
+        return name in self._hints
 
     def given(self, name: str) -> bool:
         """Whether flag `name` stood on the command line."""

@@ -145,6 +145,9 @@ def run(flags: FlagSet) -> int:
     """
     config = common.engine_config(flags)
     params = common.sampling_params(flags)
+    for name in ("logprobs", "prompt_logprobs"):
+        if flags.given(name) and not flags.json:
+            raise UsageError(f"flag --{name} means nothing without --json, which shows them")
     items = read_items(flags)
 
     from aqua_jax.cli.show import JsonSink, TextSink

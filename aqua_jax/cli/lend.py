@@ -186,14 +186,11 @@ def run(flags: FlagSet) -> int:
         with Borrower(flags.listen, name="aqua-jax lend --resize") as borrower:
             borrower.resize(flags.bytes)
         return 0
-    try:
-        if flags.socket:
-            with stop_signals() as stop:
-                _through_coordinator(flags, stop)
-        else:
-            _listening(flags)
-    except ConfigError as error:
-        raise UsageError(f"flag --{error.field}={error.value}: allowed: {error.allowed}") from None
+    if flags.socket:
+        with stop_signals() as stop:
+            _through_coordinator(flags, stop)
+    else:
+        _listening(flags)
     return 0
 
 

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Sequence
 
 from aqua_jax.cli.flagset import HELP_WIDTH, FlagSet, UsageError
+from aqua_jax.cli.signals import SwallowedInterrupts
 
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")  # absl's words, too
 OK, SOME_FAILED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -195,11 +196,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     arguments = list(arguments)
     if not arguments or arguments[0] in (*_HELP, "help"):
-        topic = _find(arguments[1]) if len(arguments) > 1 else None
-        if topic is None:
+        if arguments[:1] != ["help"] or len(arguments) == 1:
             print(overview())
             return OK
-        arguments = [topic.name, "--help"]
+        arguments = [arguments[1], "--help"]
     if arguments[0] in ("--version", "version"):
         import aqua_jax
 
@@ -225,7 +225,8 @@ def main(arguments: Sequence[str]) -> int:
 def _run(module: object, flags: FlagSet) -> int:
     import absl.logging
 
-    from aqua_jax.errors import AquaError
+    from aqua_jax.cli.flags import as_usage
+    from aqua_jax.errors import AquaError, ConfigError
 
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s",
@@ -236,6 +237,8 @@ def _run(module: object, flags: FlagSet) -> int:
     try:
         return module.run(flags)  # type: ignore[attr-defined]
     except AquaError as error:
+        if isinstance(error, ConfigError) and flags.knows(error.field):
+            raise as_usage(error, flags) from None
         print(f"aqua-jax: {error}", file=sys.stderr)
         return FAILED
 
@@ -245,23 +248,32 @@ def _detach_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _interrupted() -> int:
+    # A second Ctrl-C while we clean up shouldn't end in a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("\naqua-jax: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
 def run() -> None:
     """Entry point of the console script; exits with the command's status."""
+    interrupts = SwallowedInterrupts()
+    interrupts.install()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        # A second Ctrl-C while we clean up shouldn't end in a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\naqua-jax: interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        status = _interrupted()
     except BrokenPipeError:
         _detach_stdout()
         status = BROKEN_PIPE
     except Exception:
-        # Ours, not the user's: show where. Not Python's status 1, which says "some failed" here.
-        traceback.print_exc()
-        status = FAILED
+        if interrupts.seen:  # in the midst of an import, say, which failed for that
+            status = _interrupted()
+        else:
+            # Ours, not the user's: show where. Not Python's status 1, which says "some failed".
+            traceback.print_exc()
+            status = FAILED
     sys.exit(status)
 
 

@@ -85,7 +85,8 @@ def start(config: EngineConfig) -> str:
         if config.platform not in ("auto", found):
             raise ConfigError(
                 "platform", config.platform,
-                f"auto or {found}: jax already runs on that in this process",
+                f"auto or {found}: jax already runs on that in this process, or has no other "
+                "(for GPUs: pip install 'aqua-jax[cuda12]' or [cuda13])",
             )
     except (RuntimeError, ConfigError) as error:
         jax.config.update("jax_platforms", before)

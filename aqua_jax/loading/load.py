@@ -84,7 +84,11 @@ def _tokenizer(
 ) -> Tokenizer:
     """The named tokenizer, or the model's own (from the header that is already parsed)."""
     if tokenizer is not None:
-        return load_tokenizer(resolve(tokenizer).path)
+        try:
+            path = resolve(tokenizer).path
+        except ConfigError as error:
+            raise ConfigError("tokenizer", error.value, error.allowed) from None
+        return load_tokenizer(path)
     if checkpoint is not None:
         from aqua_jax.loading import gguf_tokenizer
 

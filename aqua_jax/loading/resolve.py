@@ -110,7 +110,10 @@ def resolve(model: str, load_format: str = "auto") -> ModelFiles:
         return ModelFiles(DEMO, demo_path(), "gguf")
     path = os.path.expanduser(model)
     if not os.path.exists(path):
-        raise ConfigError("model", model, f"an existing directory or .gguf file, or {DEMO!r}")
+        raise ConfigError(
+            "model", model,
+            f"an existing directory or .gguf file (models are not downloaded), or {DEMO!r}",
+        )
     name = os.path.basename(os.path.abspath(path))
     try:
         if os.path.isdir(path):

@@ -59,6 +59,14 @@ def test_help_is_quick_and_imports_no_jax():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("help", "batc"), ["unknown command 'batc'", "Did you mean batch?"]),
+        (("generate", "--nochat=1"), ["--nochat=1 does not take an argument"]),
+        (("generate", "--flagfile=/no/such"), ["--flagfile", "No such file"]),
+        (
+            ("generate", "--model=x", "--prompt=p", "--logprobs=2"),
+            ["--logprobs means nothing without --json"],
+        ),
+        (("lend", "--listen=@x", "--bytes=9000TiB"), ["--bytes=9000TiB", "available"]),
         (("gnerate",), ["unknown command 'gnerate'", "Did you mean generate?"]),
         (("--model=x",), ["the command comes first", "--model=x"]),
         (("generate", "--modle=x"), ["unknown flag --modle", "Did you mean --model?"]),
@@ -271,5 +279,46 @@ def test_the_console_script_exits_with_the_status():
     done = run_command("--version")
     assert done.returncode == 0 and done.stdout.startswith("aqua-jax ")
     done = run_command("generate", "--model=/no/such/model", "--prompt=p")
-    assert done.returncode == 2 and "/no/such/model" in done.stderr
+    assert done.returncode == 2 and "generate: flag --model=/no/such/model:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+_IN_CALLBACK = """
+import gc, signal, sys, time
+from aqua_jax.cli import main as cli
+def collected(phase, info):
+    gc.callbacks.clear()
+    signal.raise_signal(signal.SIGINT)
+def work(arguments):
+    gc.callbacks.append(collected)
+    gc.collect()
+    time.sleep(60)
+cli.main = work
+cli.run()
+"""
+_IN_IMPORT = """
+import sys
+from aqua_jax.cli import main as cli
+def work(arguments):
+    sys.excepthook({kind}, {kind}(), None)
+    raise ImportError("multiarray failed to import")
+cli.main = work
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("code", [_IN_CALLBACK, _IN_IMPORT.format(kind="KeyboardInterrupt")])
+def test_ctrl_c_that_a_library_swallows_ends_the_command(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\naqua-jax: interrupted\n")
+
+
+def test_other_errors_of_libraries_are_shown():
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_IMPORT.format(kind="MemoryError")],
+        capture_output=True, text=True, timeout=50, check=False,
+    )
+    assert done.returncode == 2
+    assert "MemoryError" in done.stderr and "ImportError: multiarray" in done.stderr

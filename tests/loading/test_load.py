@@ -138,6 +138,12 @@ def test_end_of_sequence_ids_are_united(tmp_path: pathlib.Path) -> None:
     assert load(str(tmp_path)).eos_token_ids == (7, 5, 2)
 
 
+def test_a_tokenizer_that_is_not_there_is_not_blamed_on_the_model(tmp_path: pathlib.Path) -> None:
+    write_directory(tmp_path)
+    with pytest.raises(ConfigError, match=r"^tokenizer: got '/no/such'"):
+        load(str(tmp_path), tokenizer="/no/such")
+
+
 def test_without_tokenizer_text_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     write_directory(tmp_path / "nameless")
     words = load(str(tmp_path / "nameless")).tokenizer
