@@ -25,6 +25,7 @@ from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.records import (
     MOST,
     MOST_PIECES,
+    MOST_RANGES,
     PAGE,
     Arena,
     ArenaTerms,
@@ -232,10 +233,12 @@ class Ledger(Recovery):
             for kind in named:
                 label(field, kind, 32)
         quota = self._quotas.get(client.name, self._quota)
-        mine = sum(found.held.total for found in self._of(key))
+        mine = self._of(key)
+        pieces = min(pieces, MOST_RANGES - len(mine))
         # Pieces whose units aren't whole pages are rounded up.
-        room = quota - mine - (pieces * (PAGE - 1) if unit % PAGE else 0)
-        units = min(-(-size // unit), max(0, room) // unit)
+        room = quota - sum(found.held.total for found in mine)
+        room -= pieces * (PAGE - 1) if unit % PAGE else 0
+        units = min(-(-size // unit), max(0, room) // unit) if pieces > 0 else 0
         possible = [
             arena for arena in self._lending(key) if arena.id not in avoid
             and (not arena.terms.on_device or arena.terms.kind in kinds)

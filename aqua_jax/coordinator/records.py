@@ -11,6 +11,9 @@ from aqua_jax.errors import LedgerError
 PAGE = mmap.PAGESIZE
 MOST = 2**62  # bytes and ids beyond this are mistakes
 MOST_PIECES = 64
+# Ranges of one consumer. Whatever is asked costs some microseconds for each that there is, of
+# whomever, and everybody waits for it: with 3,000 ranges of a page each 15 ms.
+MOST_RANGES = 1024
 # Kinds of memory that the host can't read or write: their lenders zero them.
 DEVICE_KINDS = frozenset({"cuda"})
 Span = tuple[int, int]
@@ -217,7 +220,8 @@ class Refused:
     """Why a request wasn't granted; asking again later may help.
 
     Attributes:
-      reason: "room" (there isn't so much, or not in so few pieces) or "quota".
+      reason: "room" (there isn't so much, or not in so few pieces) or "quota" (of bytes, or
+        `MOST_RANGES`).
       free: bytes that could be granted to it.
       longest: the longest of them in one piece.
       cleaning: whether what is there would be enough once all of it has been zeroed.

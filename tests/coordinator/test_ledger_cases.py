@@ -8,6 +8,7 @@ from aqua_jax.coordinator.choice import choose, distance
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.ledger import Ledger
 from aqua_jax.coordinator.records import (
+    MOST_RANGES,
     PAGE,
     Arena,
     ArenaTerms,
@@ -165,6 +166,23 @@ def test_quota():
     assert case.ledger.borrow(TWO, 2 * PAGE).reason == "quota"
     assert case.borrow(TWO, 1).size == PAGE
     assert case.ledger.borrow(THREE, 4 * PAGE).reason == "room"
+
+
+def test_a_consumer_has_so_many_ranges_and_no_more():
+    """Each costs everybody a little time whenever anything is asked."""
+    case = Case(2 * MOST_RANGES)
+    others = []
+    for _ in range(MOST_RANGES - 1):
+        case.borrow(ONE, 1)
+        others.append(case.borrow(TWO, 1))
+    for found in others:  # now what is free is in pieces
+        case.ledger.give_up(TWO, found.generation)
+    case.zero()
+    (last,) = case.ledger.borrow(ONE, 9 * PAGE, pieces=9, minimum=PAGE).ranges
+    assert case.ledger.borrow(ONE, PAGE).reason == "quota"
+    assert case.borrow(TWO, 1).size == PAGE
+    case.ledger.give_up(ONE, last.generation)
+    assert case.borrow(ONE, 1).size == PAGE
 
 
 def test_the_lender_never_borrows_its_own():
