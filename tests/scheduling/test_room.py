@@ -7,8 +7,10 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aqua_jax.paging.pages import PageHandle
+from aqua_jax.paging.pages import PageHandle, PagePool
 from aqua_jax.scheduling.fair import Fair, FairConfig
+from aqua_jax.scheduling.policies import FirstComeFirstServed
+from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 from aqua_jax.scheduling.slices import SliceConfig
 from tests.scheduling.histories import PAGE_TOKENS, History, Machine
@@ -56,3 +58,33 @@ def test_growth_and_needs_are_the_pages_of_the_next_tokens(
     assert room.growth(sequences) == asked == sum(room.growth((one,)) for one in sequences)
     assert room.needs(sequences) == soon
     history.close()
+
+
+def test_what_a_switch_costs_at_most_depends_on_whether_stores_hold_everyone():
+    history = History(
+        Machine(num_pages=40, max_num_seqs=4, max_step_tokens=16, host_slots=8), Fair()
+    )
+    room = history.scheduler.room
+    copied = history.scheduler.costs.swap(100, 100)
+    assert copied < 100
+    assert (room.dearest(100, 8), room.dearest(100, 9)) == (copied, 100)
+    history.close()
+
+
+def test_no_more_go_than_must_for_the_one_who_comes_and_the_growth_of_those_who_stay():
+    pool = PagePool(7, PAGE_TOKENS)
+    scheduler = Scheduler(
+        SchedulerConfig(4, 64, 100, growth_tokens=PAGE_TOKENS), FirstComeFirstServed(), pool
+    )
+    room, running = scheduler.room, []
+    for number in range(2):
+        one = Sequence(number, str(number), [1] * (2 * PAGE_TOKENS), 90)
+        one.pages = pool.allocate(2)
+        running.append(one)
+    head = Sequence(2, "2", [1] * (3 * PAGE_TOKENS), 90)
+    found = scheduler.holdings.find(head)
+    demand, growth = scheduler.holdings.demand(head, found), room.growth([*running, head])
+    assert (demand, growth, pool.available) == (3, 3, 3)
+    # All there is and a page each: who goes leaves two, and needs none to grow.
+    for wish, going in ((growth, 1), (growth + 1, 2), (growth + 4, 0)):
+        assert room.victims(head, found, demand, running, (wish,)) == running[:going]
