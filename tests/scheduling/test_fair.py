@@ -255,17 +255,21 @@ def test_decodes_go_on_while_others_switch_in() -> None:
             assert house.tokens_of[one] > before[one] or one.status is Status.WAITING
 
 
-@pytest.mark.parametrize("prompts", [(8, 40), (8, 8)][: at_scale(1, 2)])
-def test_equally_backlogged_users_get_equal_service(prompts: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("counts", "prompts", "output"), [
+    ((4, 2, 3), (8, 8, 24), 8), ((8, 3, 4), (8, 8, 40), 20), ((8, 3, 4), (8, 8, 8), 20),
+][: at_scale(1, 3)])
+def test_equally_backlogged_users_get_equal_service(
+    counts: tuple[int, ...], prompts: tuple[int, ...], output: int
+) -> None:
     policy = fair(5, prefill_cost=0.5)
     house = House(policy, num_pages=60, max_num_seqs=3)
-    users = {"a": (8, prompts[0]), "b": (3, prompts[0]), "c": (4, prompts[1])}
+    users = dict(zip("abc", zip(counts, prompts, strict=True), strict=True))
     live = collections.Counter()
 
     def refill() -> None:
         for user, (count, prompt) in users.items():
             while live[user] < count:
-                house.add(prompt, 20 + house.rng.randrange(20), user=user)
+                house.add(prompt, output + house.rng.randrange(output), user=user)
                 live[user] += 1
 
     refill()
