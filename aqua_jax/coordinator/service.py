@@ -22,7 +22,7 @@ from aqua_jax.coordinator.door import Peer
 from aqua_jax.coordinator.journal import Journal
 from aqua_jax.coordinator.ledger import Ledger
 from aqua_jax.coordinator.memories import Memories, Memory, zero
-from aqua_jax.coordinator.records import Kill, Lease, Refused, Returned, Revoke
+from aqua_jax.coordinator.records import MOST_RANGES, Kill, Lease, Refused, Returned, Revoke
 from aqua_jax.coordinator.sockets import has_exited, started
 from aqua_jax.errors import AquaError, CoordinatorError, LedgerError
 
@@ -32,7 +32,8 @@ ZERO_BYTES = 16 << 20  # between two looks at what else is to do
 SCRUB_BYTES = 1 << 30  # that a lender of a device's memory is asked to zero at a time
 FD_S = 2.0  # for descriptors to come through the door
 CLEAN_S = 5.0  # most that a request waits for memory to be zeroed
-MOST_UNSENT = 1000  # messages to a client that reads nothing
+# Messages to a client that reads nothing; one that reads is told of all its ranges at once.
+MOST_UNSENT = 8 * MOST_RANGES
 MOST_WAITING = 64  # requests of one client
 _LATE_S = 0.2  # a timer as late as this means that we have been stopped
 

@@ -16,7 +16,7 @@ import pytest
 from aqua_jax.coordinator import messages_pb2 as messages
 from aqua_jax.coordinator.door import Peer
 from aqua_jax.coordinator.journal import Journal, room_for
-from aqua_jax.coordinator.records import PAGE, Entry
+from aqua_jax.coordinator.records import MOST_RANGES, PAGE, ArenaTerms, Entry
 from aqua_jax.coordinator.server import Server
 from aqua_jax.coordinator.service import Service, Session
 from aqua_jax.errors import CoordinatorError, LedgerError
@@ -276,3 +276,35 @@ def test_no_janitor_sees_a_socket_that_does_not_listen_yet(tmp_path, monkeypatch
     asyncio.run(serve())
     assert sorted(there) == ["socket", "socket.fd"]
     assert seen == ["locked"] and not os.listdir(tmp_path)
+
+
+def test_whoever_has_all_ranges_is_told_that_all_are_lost():
+    """At once, when their lender dies; that is no reason to hang up."""
+
+    async def lose():
+        service = Service(term_s=5)
+        service.start()
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            asyncio.get_running_loop().add_reader(here, lambda: None)
+            peer = Peer(here, os.getpid(), os.pidfd_open(os.getpid()))
+            session = Session(peer)
+            service.hello(session, 1, messages.Hello(key=2))
+            ledger = service.ledger
+            ledger.join(1)
+            size = MOST_RANGES * PAGE
+            arena = ledger.register(1, ArenaTerms(size), [(0, size)]).id
+            ledger.next_dirty(size)
+            ledger.scrubbed(arena, 0, size)
+            for _ in range(MOST_RANGES):
+                ledger.borrow(2, PAGE)
+            before = session.outbox.qsize()
+            ledger.remove(1)
+            service.flush()
+            assert session.outbox.qsize() == before + MOST_RANGES and not session.ended
+            peer.close()
+        finally:
+            there.close()
+            await service.stop()
+
+    asyncio.run(lose())
