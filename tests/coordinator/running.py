@@ -33,7 +33,6 @@ class Running:
         ended = self.process.child.poll
         wait_for(
             lambda: self.process.said(listens) or ended() is not None, "the coordinator listens",
-            60.0,
         )
         assert self.process.said(listens), (ended(), self.process.lines)
 

@@ -211,7 +211,7 @@ def test_metrics(running, lent):
     said = next(line for line in running.process.lines if "metrics at" in line)
     with Client(running.path, name="m") as client:
         client.borrow(MIB)
-        with urllib.request.urlopen(said.split()[-1], timeout=10) as page:
+        with urllib.request.urlopen(said.split()[-1], timeout=60) as page:
             text = page.read().decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
     assert float(values["aqua_coordinator_grants_total"]) >= 1

@@ -42,7 +42,7 @@ async def collect(stream):
     return [output async for output in stream]
 
 
-def idle(engine, seconds=10.0):
+def idle(engine, seconds=60.0):
     """Whether the engine gets rid of all requests in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

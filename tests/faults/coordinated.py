@@ -70,7 +70,7 @@ def lender(path: str, size: str, *flags: str) -> Iterator[Process]:
         "-m", "aqua_jax.cli.main", "lend", f"--socket={path}", f"--bytes={size}", *flags
     )
     try:
-        wait_for(lambda: process.said("through the coordinator"), "the lender lends", 30.0)
+        wait_for(lambda: process.said("through the coordinator"), "the lender lends")
         yield process
     finally:
         process.end()

@@ -100,16 +100,16 @@ class Process:
 
     def wait(self) -> int:
         """Its exit status, once its last line has been read."""
-        status = self.child.wait(15)
-        self._reader.join(5)
+        status = self.child.wait(60)
+        self._reader.join(60)
         return status
 
     def end(self) -> None:
         """Ends it, however it is."""
         with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
-        self.child.wait(10)
-        self._reader.join(5)
+        self.child.wait(60)
+        self._reader.join(60)
         for stream in (self.child.stdin, self.child.stdout, self.child.stderr):
             with contextlib.suppress(OSError):
                 stream.close()

@@ -114,7 +114,7 @@ def test_a_lender_that_sleeps_through_a_restart_is_lost_and_then_found(path):
             lending.signal(signal.SIGSTOP)
             running.kill()
             running.start()
-            wait_for(lambda: one.ask("alive") == "0", "lost after a term", 10 * TERM_S + 5)
+            wait_for(lambda: one.ask("alive") == "0", "lost after a term")
             lending.signal(signal.SIGCONT)
             wait_for(lambda: running.held() == 3 * MIB, "it comes back with its journal")
             assert one.ask("borrow 2097152") == "none", "still mapped by somebody"
@@ -153,7 +153,7 @@ def test_forced_reclaim_kills_a_stopped_holder_in_time(path):
             assert lending.wait() == 0
             # Term and drain limit, and what a busy machine adds.
             assert time.monotonic() - start < TERM_S + 0.3 + 3
-            assert one.child.wait(5) == -signal.SIGKILL
+            assert one.child.wait(60) == -signal.SIGKILL
             assert running.process.said("kills pid")
 
 
@@ -165,7 +165,7 @@ def test_forced_reclaim_kills_who_does_not_obey_and_nobody_else(path):
                 lending.signal(signal.SIGTERM)
                 wait_for(lambda: one.ask("wanted") == "2097152")
                 assert one.ask("obey") == "ok"
-                assert two.child.wait(10) == -signal.SIGKILL
+                assert two.child.wait(60) == -signal.SIGKILL
                 assert lending.wait() == 0
                 assert one.ask("connected") == "True"
                 assert running.process.said("held 2048 KiB")

@@ -84,7 +84,7 @@ class Play:
 
     def bury(self, actor: Actor) -> None:
         """Another one takes the place of one that is dead."""
-        actor.child.wait(20)
+        actor.child.wait(60)
         actor.child.stdin.close()
         self.actors.remove(actor)
         self.dead.append(actor)
@@ -123,7 +123,7 @@ class Play:
             actor.stopped_until = now + seconds
         elif what == "kill coordinator" and not away:
             self.coordinator.process.child.kill()
-            self.coordinator.process.child.wait(10)
+            self.coordinator.process.child.wait(60)
             self.coordinator_back = now + self.rng.choice([0.0, 0.1, 1.0])
             self.restarts.append(now)
         elif what == "stop coordinator" and not away:
@@ -157,7 +157,7 @@ class Play:
         self.coordinator.process.end()
         for actor in self.actors:
             actor.signal(signal.SIGKILL)
-            actor.child.wait(10)
+            actor.child.wait(60)
             actor.child.stdin.close()
 
 
@@ -253,7 +253,7 @@ def test_histories(tmp_path, forced):
     try:
         for role in ("lend", "lend", "borrow", "borrow", "borrow", "borrow"):
             play.spawn(role)
-        wait_for(lambda: play.operations() > 50, "they work", 60.0)
+        wait_for(lambda: play.operations() > 50, "they work")
         while play.operations() < OPERATIONS or not play.has_seen_enough():
             play.disturb()
             time.sleep(play.rng.random() * 0.1)
@@ -275,7 +275,7 @@ def test_histories(tmp_path, forced):
         )
         for actor in survivors:
             actor.signal(signal.SIGKILL)
-        wait_for(lambda: not play.coordinator.status().clients, "all are forgotten", 10.0)
+        wait_for(lambda: not play.coordinator.status().clients, "all are forgotten")
         wait_for(lambda: descriptors(play.coordinator.process.pid) < 30, "no descriptors stay")
         assert play.coordinator.stop() == 0
         everybody = survivors + dead

@@ -68,7 +68,7 @@ def lent_engine(folder, path: str):
 
 def idle_and_lent_again(engine: Engine) -> None:
     """Waits until it lends everything as in the beginning."""
-    wait_for(lambda: lending(engine)["lent"] == 96, "lent again", 20.0)
+    wait_for(lambda: lending(engine)["lent"] == 96, "lent again")
 
 
 def test_a_killed_borrower_leaves_its_pages_to_the_engine(tmp_path, work, expected) -> None:
@@ -152,12 +152,12 @@ def test_killing_everything_leaves_nothing(tmp_path) -> None:
         stack.callback(producer.end)
         consumer = Process(*command, f"--peer={path}")
         stack.callback(consumer.end)
-        wait_for(lambda: running.held() > 0, "one engine uses what the other lends", 60.0)
+        wait_for(lambda: running.held() > 0, "one engine uses what the other lends")
         everybody = [producer, consumer, running.process]
         for process in everybody:
             process.signal(signal.SIGKILL)
         for process in everybody:
-            process.child.wait(10)
+            process.child.wait(60)
     wait_for(lambda: not os.listdir(folder), "sockets are removed")
     wait_for(lambda: not alive_with(path), "no process is left")
     assert set(os.listdir("/dev/shm")) <= shared

@@ -22,7 +22,7 @@ def new_name() -> str:
     return f"@aqua-test-{os.getpid()}-{next(_names)}"
 
 
-def wait_for(condition: Callable[[], object], what: str = "", seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], what: str = "", seconds: float = 60.0) -> None:
     """Waits until `condition` holds; fails with `what` otherwise.
 
     Of a time between two looks a second counts at most: when all of us have been stopped
@@ -58,12 +58,12 @@ def lending(size: int, path: str | None = None, **options: object) -> Iterator[R
     try:
         yield running
         running.lender.stop()
-        running.thread.join(10)
+        running.thread.join(60)
         assert not running.thread.is_alive(), running.lines
         assert running.lender.grants.held == 0
     finally:
         running.lender.stop()
-        running.thread.join(10)
+        running.thread.join(60)
         running.lender.close()
 
 
@@ -71,8 +71,8 @@ class Raw:
     """A connection that says what it is told to, well-behaved or not."""
 
     def __init__(self, path: str | socket.socket, *, hello: bool = True) -> None:
-        self.socket = connect(path, 10.0) if isinstance(path, str) else path
-        self.socket.settimeout(10.0)
+        self.socket = connect(path, 60.0) if isinstance(path, str) else path
+        self.socket.settimeout(60.0)
         self.decoder = protocol.Decoder()
         if hello:
             self.say("hello", version=1, name="raw")

@@ -38,7 +38,7 @@ class Memory(Arena):
         return found
 
     def scrub(self, offset: int, size: int) -> None:
-        assert self.go.wait(10)
+        assert self.go.wait(60)
         super().scrub(offset, size)
         self.scrubbed.append((offset, size))
 

@@ -150,7 +150,7 @@ def test_leaving_waits_for_everything_however_late():
         lease.write(0, b"still mine")
         assert running.thread.is_alive() and lease.read(0, 10) == b"still mine"
         lease.close()
-        running.thread.join(10)
+        running.thread.join(60)
         assert not running.thread.is_alive()
     running.lender.close()
     assert all(line.startswith("fd") or "lender" in line for line in left())
@@ -171,7 +171,7 @@ def test_a_connection_that_closes_with_memory_proves_nothing():
     # What its exit would do.
     running.lender.grants.exited(1)
     running.lender.stop()
-    running.thread.join(10)
+    running.thread.join(60)
     assert not running.thread.is_alive()
     running.lender.close()
 

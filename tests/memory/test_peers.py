@@ -52,9 +52,9 @@ def case() -> Iterator[Case]:
 
 def test_a_lease_is_ready_before_anybody_hears_of_it(case) -> None:
     wait, begun = threading.Event(), threading.Event()
-    case.pins.before = lambda: (begun.set(), wait.wait(10))
+    case.pins.before = lambda: (begun.set(), wait.wait(60))
     case.source.room = 2 * PAGE
-    assert begun.wait(10) and not case.tier.arrivals
+    assert begun.wait(60) and not case.tier.arrivals
     wait.set()
     wait_for(lambda: case.tier.arrivals, "it has come")
     assert case.pins.said == [("pin", 2 * PAGE, "aqua-peers")]
@@ -72,9 +72,9 @@ def test_the_end_of_a_lease_holds_nobody_up(case) -> None:
     wait_for(lambda: case.tier.arrivals)
     lease = case.tier.arrivals.popleft().lease
     wait, begun = threading.Event(), threading.Event()
-    case.pins.before = lambda: (begun.set(), wait.wait(10))
+    case.pins.before = lambda: (begun.set(), wait.wait(60))
     case.tier.end(lease.close)
-    assert begun.wait(10) and not lease.closed
+    assert begun.wait(60) and not lease.closed
     wait.set()
     wait_for(lambda: lease.closed, "closed in the background")
     assert case.pins.said[-1] == ("unpin", PAGE, "aqua-peers")

@@ -440,7 +440,7 @@ def test_a_restarted_lender_is_found_again():
         wait_for(lambda: not aqua.contents.peers._sources[0]._borrower.alive)
         stack.enter_context(lending(8 * MIB, path))
         now[0] += 2
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while "peer" not in handle.tiers:
             assert time.monotonic() < end
             aqua.respond()
@@ -475,7 +475,7 @@ def test_threads_share_an_aqua_while_the_lender_takes_and_gives():
                 failures.append(error)
 
         def until(condition):
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while not condition() and not failures:
                 assert time.monotonic() < end
                 aqua.respond()

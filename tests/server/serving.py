@@ -108,7 +108,7 @@ def serving(
         yield Served(server, inner, url, bound.getsockname()[1], stop, thread)
     finally:
         stop()
-        thread.join(30)
+        thread.join(60)
         if engine is None:
             inner.shutdown()
     assert not thread.is_alive()

@@ -126,7 +126,7 @@ def test_what_came_first_is_told_first_whatever_changed_last():
 def test_requests_that_came_and_went_between_two_looks_leave_their_ttft(served):
     first = json.loads(get(served.port, "/debug/state")[2])
     assert ask(served.port, "/v1/completions", {"prompt": "fox", "max_tokens": 1})[0] == 200
-    deadline, found = time.monotonic() + 20, []
+    deadline, found = time.monotonic() + 60, []
     while not found and time.monotonic() < deadline:
         found = json.loads(get(served.port, f"/debug/state?since={first['version']}")[2])["brief"]
     assert len(found) == 1 and 0 < found[0] < 20
@@ -186,7 +186,7 @@ def test_followers_get_a_line_a_version_until_the_server_stops(tmp_path):
         assert data.endswith(b"0\r\n\r\n")
         versions = [int(found) for found in re.findall(rb'"version":(\d+)', data)]
         assert versions == sorted(set(versions)) and len(versions) >= 2
-        served.thread.join(10)
+        served.thread.join(60)
         assert not served.thread.is_alive()
 
 

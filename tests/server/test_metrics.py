@@ -54,7 +54,7 @@ def test_a_scrape_counts_what_was_done(served):
     def grown(name, *labels):
         return after[name, labels] - before.get((name, labels), 0)
 
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while grown("aqua_requests_finished_total") < 2 and time.monotonic() < end:
         time.sleep(0.05)  # an older snapshot was handed out again
         after = scrape(served)
@@ -133,7 +133,7 @@ def test_thread_seconds_name_our_threads():
     thread = threading.Thread(target=spin, name="spinner-3")
     before = thread_seconds().get("spinner", 0.0)
     thread.start()
-    end, after = time.monotonic() + 20, {}
+    end, after = time.monotonic() + 60, {}
     while after.get("spinner", 0.0) <= before and time.monotonic() < end:
         time.sleep(0.05)
         after = thread_seconds()
@@ -183,7 +183,7 @@ def test_snapshots_are_taken_between_steps_and_seldom(tmp_path):
     asyncio.run(run())
 
 
-def wait_for_rows(served, wanted, seconds=20.0):
+def wait_for_rows(served, wanted, seconds=60.0):
     """The rows of `/debug/state` as soon as they are as wanted: a look may be an older one."""
     end = time.monotonic() + seconds
     while True:
