@@ -6,6 +6,8 @@ from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.prefix import PrefixCache
 from aqua_jax.paging.residency import Residency
 from aqua_jax.scheduling.holdings import Holdings
+from aqua_jax.scheduling.policies import FirstComeFirstServed
+from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence
 from tests.scheduling.fake_copies import host_store
 
@@ -55,3 +57,34 @@ def test_a_shared_page_comes_free_with_the_last_of_its_holders():
     for one in holders:
         pool.release_all(one.pages)
     assert pool.free == 8
+
+
+def test_a_lost_pool_leaves_a_token_to_compute_though_the_copies_hold_one_more():
+    """A step in flight had computed the token that nobody has seen, and it was copied out."""
+    with host_store(8, SIZE) as store:
+        pool = PagePool(8, SIZE)
+        residency = Residency(pool, [store])
+        scheduler = Scheduler(
+            SchedulerConfig(2, 64, 100), FirstComeFirstServed(), pool, residency=residency
+        )
+        one = Sequence(0, "0", list(range(8)), 20)
+        scheduler.add(one)
+        moves = []
+        for now in (0.0, 1.0):  # the prompt, and its first token without waiting for it
+            plan = scheduler.plan(now)
+            assert plan is not None
+            moves += plan.moves
+        assert (one.num_computed, one.num_inflight) == (9, 2)
+        residency.back(one, one.pages, one.num_computed)
+        for move in (*moves, *residency.take_moves(9)):
+            residency.finished(move, True)
+        assert residency.backed_tokens(one) == 9
+        scheduler.reset()
+        assert scheduler.holdings.find(one).tokens == 4  # of the second page all or nothing
+        plan = scheduler.plan(2.0)
+        assert plan is not None and [move.count for move in plan.moves] == [4]
+        for move in plan.moves:
+            residency.finished(move, True)
+        plan = scheduler.plan(3.0)
+        assert plan is not None and [chunk[1:] for chunk in plan.chunks] == [(4, 4, True)]
+        scheduler.abort(one)
