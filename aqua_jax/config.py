@@ -188,7 +188,7 @@ class EngineConfig:
     host_kv_memory: int | None = None
     # Socket of a lender or a coordinator, or cuda:N for a GPU that nobody uses: this memory is used
     # first; "": none. Several, with commas between: one for each device of tensor_parallel, which
-    # keeps its part of every page there.
+    # keeps its part of every page there. Of one coordinator's lenders GPUs get the nearest each.
     peer: str = ""
     peer_kv_memory: int | None = None  # bytes to borrow there at most; None: all that is lent
     verify_pages: bool = False  # checksums on every page that comes back

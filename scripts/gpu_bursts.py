@@ -12,7 +12,7 @@ WHAT is one of
     transformers  the same prompts through transformers with continuous batching, and through us
     tensor        one model over two devices (on a CPU: two of jax's): the answers of one, pages of
                   both shards swapped out and in; then with a lender for each shard, on the other
-                  one's GPU, of which one is killed in mid-burst
+                  one's GPU, of which one is killed in mid-burst, and with lenders of a coordinator
     soak          engines made, loaded, aborted and closed again and again until --limit_s is over;
                   device memory, pinned memory and descriptors must be what they were
 
@@ -293,6 +293,16 @@ def own_peers(platform: str, out: Out) -> None:
         pressed(platform, out, expected, "two shards, a lender each, one killed in mid-burst",
                 lambda: (doomed.send_signal(signal.SIGKILL), doomed.wait(30)),
                 tensor_parallel=2, peer=peers)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        socket = os.path.join(folder, "coordinator")
+        opened.enter_context(running("coordinator", f"--socket={socket}", until=socket))
+        for place in places:
+            opened.enter_context(running(
+                "lend", f"--bytes={short(platform).lent // 2}", f"--socket={socket}",
+                f"--device={place}", until=socket,
+            ))
+        pressed(platform, out, expected, "two shards, each with the nearest of a coordinator's",
+                tensor_parallel=2, peer=socket)
 
 
 def tensor(platform: str, out: Out) -> None:

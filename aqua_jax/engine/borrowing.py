@@ -47,6 +47,7 @@ class Borrowing:
     def __init__(
         self, sources: Sequence[LeaseSource], limit: int | None, slot_bytes: int,
         page_tokens: int, pins: Pins | None = None, homes: Sequence[int] = (0,),
+        one_place: bool = False,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class Borrowing:
           page_tokens: tokens of a page.
           pins: makes leases ready for a device's copies; None: they are.
           homes: for each device that has an equal part of a page, at which source it is.
+          one_place: whether all sources are one coordinator's.
         """
         self.stores: tuple[LentStore, ...] = ()
         self.leases = self.lost = 0
@@ -68,7 +70,9 @@ class Borrowing:
         pauses = (_FIRST_S, _LONGEST_S)
         self._tier = (
             PeerTier(sources, limit, step=slot_bytes, pauses_s=pauses, pins=pins)
-            if len(sources) == 1 else JointTier(sources, self._units, pauses_s=pauses, pins=pins)
+            if len(sources) == 1 else JointTier(
+                sources, self._units, pauses_s=pauses, pins=pins, one_place=one_place
+            )
         )
         self._wished = 0
 

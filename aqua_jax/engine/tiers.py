@@ -145,14 +145,20 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
     devices = config.tensor_parallel
     entries = config.peers * (devices if len(config.peers) == 1 else 1)
     # Devices with the same socket share its leases: each of these has slots for all of them. A
-    # GPU's memory is mapped for one device, so there each has its own.
+    # GPU's memory is mapped for one device, so there each has its own. Of a coordinator GPUs in
+    # different places ask one by one: near memory is lent first, and each has its own link.
+    apart = (
+        len(config.peers) == 1 and client is None and gpu_of(config.peer) is None
+        and len({device_mapping.domain([device]) for device in range(devices)}) > 1
+        and sources.is_coordinator(config.peer)
+    )
     homes: list[int] = []
     with contextlib.ExitStack() as opened:
         found: list[LeaseSource] = []
         at: dict[str, int] = {}
         for device, entry in enumerate(entries):
             gpu = gpu_of(entry)
-            if gpu is None and entry in at:
+            if gpu is None and entry in at and not apart:
                 homes.append(at[entry])
                 continue
             homes.append(len(found))
@@ -162,13 +168,15 @@ def _peer(config: EngineConfig, page_bytes: int, client: Client | None) -> Borro
                     config.peer, gpu, device, share=entries[device:].count(entry)
                 )
             else:
-                unit = page_bytes // devices * entries.count(entry)
-                users = [index for index, other in enumerate(entries) if other == entry]
+                users = [device] if apart else [
+                    index for index, other in enumerate(entries) if other == entry
+                ]
+                unit = page_bytes // devices * len(users)
                 source = _socket(config, entry, unit, client, users)
             opened.callback(source.close)
             found.append(source)
         opened.pop_all()
-    return Borrowing(found, limit, page_bytes, config.page_tokens, pinning.pins(), homes)
+    return Borrowing(found, limit, page_bytes, config.page_tokens, pinning.pins(), homes, apart)
 
 
 def _socket(

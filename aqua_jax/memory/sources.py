@@ -171,6 +171,14 @@ class CoordinatorSource:
             loan.close()
 
 
+def is_coordinator(socket: str, timeout_s: float = 2.0) -> bool:
+    """Whether a coordinator answers at a socket: only it has a second one, for descriptors."""
+    with contextlib.suppress(LenderError):
+        sockets.connect(sockets.door_of(socket), timeout_s, SOCK_SEQPACKET).close()
+        return True
+    return False
+
+
 def connect(
     socket: str, *, name: str = "", timeout_s: float = 2.0, unit: int = PAGE, domain: str = "",
     mappers: dict[str, Mapper] | None = None,
@@ -191,9 +199,7 @@ def connect(
       DependencyError: it is a coordinator's, and gRPC isn't installed.
       ConfigError: no possible path.
     """
-    with contextlib.suppress(LenderError):
-        # Only a coordinator has a second socket beside the first, for descriptors.
-        sockets.connect(sockets.door_of(socket), timeout_s, SOCK_SEQPACKET).close()
+    if is_coordinator(socket, timeout_s):
         return CoordinatorSource(
             socket, name=name, timeout_s=timeout_s, unit=unit, domain=domain, mappers=mappers
         )

@@ -47,9 +47,13 @@ def running() -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def lent(path: str, pages: int, name: str, cap: int = 0) -> Iterator[Lending]:
+def lent(
+    path: str, pages: int, name: str, cap: int = 0, domain: str = ""
+) -> Iterator[Lending]:
     """Pages of this process's, lent through the coordinator; afterwards all are back."""
-    with Arena.create(pages * PAGE_BYTES) as arena, Client(path, name=name) as client:
+    with Arena.create(pages * PAGE_BYTES) as arena, Client(
+        path, name=name, domain=domain
+    ) as client:
         lending = client.lend(arena, name=name, cap=cap)
         # Zeroed by now, or the first to ask gets what is.
         wait_for(lambda: not sum(row.dirty for row in link.status(path).arenas), "all is ready")
@@ -182,7 +186,7 @@ def test_a_coordinator_that_hangs_costs_the_engine_nothing(folder, expected):
 
                 def in_order(engine: Engine = engine) -> bool:
                     engine._runner.fence()
-                    assert copy_queue.drain(10)
+                    assert copy_queue.drain(60)
                     return not engine.has_unfinished()
 
                 if hangs:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aqua_jax.config import EngineConfig
+from aqua_jax.engine import device_mapping
 from aqua_jax.engine.engine import Engine
 from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import ConfigError
@@ -261,6 +262,31 @@ def test_two_capped_lenders_of_a_coordinator_each(folder, expected):
         "slow": slow, "fast": fast
     }
     assert stats["paging"]["bytes_in"] > 0 and stats["paging"]["capped_copies"] > 0
+
+
+@pytest.mark.parametrize("near", [2, 1])
+def test_devices_in_different_places_each_borrow_near_memory_of_one_coordinator(
+    folder, expected, monkeypatch, near
+):
+    """As GPUs would be. With only one lender, it has both parts of every page."""
+    places = ["numa0/gpu0", "numa1/gpu1"]
+    monkeypatch.setattr(device_mapping, "domain", lambda devices: places[devices[0]])
+    path = new_name()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(coordinator(path, "--term_s=5", "--metrics_port=0"))
+        for number in reversed(range(near)):
+            stack.enter_context(lent(path, 32, f"at {number}", domain=places[number]))
+        with tight(folder, peer=path, host_kv_memory=0, **SETTINGS) as engine:
+            assert lenders(engine)  # from the start
+            found = [
+                tuple(part.lease.lender for part in store.parts)
+                for store in engine._pager._borrowing.stores
+            ]
+            assert set(found) == {("at 0", f"at {near - 1}")}
+            assert ids(run_all(engine, work())) == expected
+            stats = engine.stats()
+    check_nothing_in_use(stats)
+    assert stats["paging"]["bytes_out"] > 0 and stats["paging"]["moves_failed"] == {}
 
 
 def test_random_schedules_say_the_same(folder):

@@ -73,6 +73,36 @@ def test_each_gives_its_part_or_nobody_does():
     assert left() == []
 
 
+class Shared(Source):
+    """The same memory as another source's."""
+
+    def __init__(self, one: Source) -> None:
+        super().__init__(0)
+        self.one = one
+
+    def borrow(self, size: int) -> list[Lease]:
+        return self.one.borrow(size)
+
+
+@pytest.mark.parametrize("free", [1, 2, 7, 64])
+def test_sources_of_one_place_divide_what_is_there(free):
+    """Whoever is asked first could have all of it, and the others nothing for ever."""
+    first = Source(free * PAGE)
+    tier = JointTier([first, Shared(first)], (PAGE, PAGE), pauses_s=PAUSES, one_place=True)
+    segment = tier.grow(1 << 40)
+    if free == 1:
+        assert segment is None and first.free == PAGE
+    else:
+        assert segment is not None and slots_of(segment, (PAGE, PAGE)) == free // 2
+        segment.close()
+    tier.close()
+    assert first.free == free * PAGE
+    # Where they are places of their own nobody is asked again at once.
+    apart = JointTier([first, Shared(first)], (PAGE, PAGE), pauses_s=PAUSES)
+    assert apart.grow(1 << 40) is None
+    apart.close()
+
+
 def test_pieces_are_paired_by_size_and_what_is_left_goes_back():
     units = (PAGE, PAGE)
     near, far = Source(12 * PAGE, piece=5 * PAGE), Source(100 * PAGE)
