@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import struct
 import zlib
@@ -40,7 +41,9 @@ def _pack(entry: Entry) -> bytes:
         entry.generation, entry.lease, entry.owner, pid, start, entry.offset, entry.size,
         entry.priority, entry.since, len(name), len(entry.held),
     )
-    return b"".join([head, name, *(_SPAN.pack(*span) for span in entry.held)])
+    # In one call: a range may be in very many pieces, and everybody waits for this.
+    held = list(itertools.chain.from_iterable(entry.held))
+    return b"".join([head, name, struct.pack(f"<{len(held)}q", *held)])
 
 
 def _unpack(body: bytes) -> list[Entry]:
