@@ -13,6 +13,11 @@ Message = Mapping[str, Any]  # {"role": str, "content": str | list of {"type": "
 PROMPT_FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
 MESSAGE_FORM = '{"role": ..., "content": text}'
 
+# Fields that clients send along when an answer's message becomes a line of the next request.
+SILENT_FIELDS = (
+    "refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content",
+)
+
 
 class ChatTokenizer(Protocol):
     """The part of a tokenizer that rendering a conversation needs."""
@@ -118,6 +123,9 @@ def _content(field: str, content: Any) -> str:
 def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str]]:
     """A conversation with plain text contents.
 
+    `SILENT_FIELDS` that are null or empty, and a null name, are left out: OpenAI's clients send
+    them with an answer that is given back as part of the conversation.
+
     Raises:
       RequestError: not a non-empty list of messages, unknown key, or a content that isn't text.
     """
@@ -128,9 +136,11 @@ def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str
         name = f"{field}[{position}]"
         if not isinstance(message, Mapping):
             raise RequestError(name, message, MESSAGE_FORM)
-        for key in message:
-            if key not in ("role", "content", "name"):
-                raise RequestError(f"{name}.{key}", message[key], "the fields role, content, name")
+        for key, value in message.items():
+            if key in SILENT_FIELDS and value not in (None, []):
+                raise RequestError(f"{name}.{key}", value, "null: this server has only text")
+            if key not in ("role", "content", "name", *SILENT_FIELDS):
+                raise RequestError(f"{name}.{key}", value, "the fields role, content, name")
         for key in ("role", "content"):
             if key not in message:
                 raise RequestError(f"{name}.{key}", None, MESSAGE_FORM)
@@ -141,7 +151,7 @@ def check_messages(messages: Any, field: str = "messages") -> list[dict[str, str
             "role": check_text(f"{name}.role", role),
             "content": _content(f"{name}.content", message["content"]),
         }
-        if "name" in message:
+        if message.get("name") is not None:
             if not isinstance(message["name"], str):
                 raise RequestError(f"{name}.name", message["name"], "text")
             entry["name"] = check_text(f"{name}.name", message["name"])

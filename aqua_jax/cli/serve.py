@@ -9,6 +9,7 @@ import logging
 import resource
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from aqua_jax.cli import flags as common
@@ -112,6 +113,8 @@ def run(flags: FlagSet) -> int:
                 keys=keys,
             )
             started = f"aqua-jax serve: {server.model} at {http.url(bound)}"
+            # So that /metrics tells its processor time from the step loop's.
+            threading.current_thread().name = "aqua-http"
             asyncio.run(_serve(http.HttpServer(
                 server, bound, on_start=lambda: print(started, flush=True)
             )))

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from aqua_jax.engine.async_engine import AsyncEngine
 from aqua_jax.engine.mailbox import AnswerStream
 from aqua_jax.engine.outputs import RequestOutput
-from aqua_jax.errors import AquaError
+from aqua_jax.errors import AquaError, RequestError
 from aqua_jax.server.answers import Answer, compact
 from aqua_jax.server.calls import Call
 from aqua_jax.server.errors import ApiError, as_api_error
@@ -92,13 +92,21 @@ class Run:
           EngineDeadError: none can be.
         """
         call = self._call
-        for text, ids in self._prompts:
-            self._streams.append(await self._engine.submit(
-                {"prompt_token_ids": ids} if text is None
-                else {"prompt": text, "prompt_token_ids": ids},
-                call.params, priority=call.priority, user=self._user, weight=call.weight,
-                arrival=self._arrival, final_only=not call.stream,
-            ))
+        for index, (text, ids) in enumerate(self._prompts):
+            try:
+                stream = await self._engine.submit(
+                    {"prompt_token_ids": ids} if text is None
+                    else {"prompt": text, "prompt_token_ids": ids},
+                    call.params, priority=call.priority, user=self._user, weight=call.weight,
+                    arrival=self._arrival, final_only=not call.stream,
+                )
+            except RequestError as error:
+                if error.field not in ("prompt", "prompt_token_ids"):
+                    raise
+                # As the client calls it.
+                name = "prompt" if len(self._prompts) == 1 else f"prompt[{index}]"
+                raise RequestError(name, error.value, error.allowed) from None
+            self._streams.append(stream)
             self._watches.append(self._latencies.watch(call.stream))
 
     async def finished(self) -> list[RequestOutput]:

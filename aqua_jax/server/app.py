@@ -43,7 +43,7 @@ _OPEN_PATHS = ("/health", "/")
 
 
 class Door:
-    """Lets requests in that have a key, and gives each an id."""
+    """Lets requests in that have a key."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app, self._keys = app, keys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import uuid
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -11,6 +13,8 @@ from starlette.responses import JSONResponse, Response
 from aqua_jax.batch.dialect import error_body
 from aqua_jax.errors import EngineDeadError, RequestError
 from aqua_jax.server.gate import Busy
+
+_log = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 
@@ -59,9 +63,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def error_response(error: Exception) -> Response:
-    """The response to an error."""
+    """The response to an error, with an id of its own; faults of ours are logged under it."""
     refusal = as_api_error(error)
-    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+    name = f"req-{uuid.uuid4().hex}"
+    if refusal.status == 500:
+        _log.error("%s: %r", name, error)
+    return JSONResponse(
+        refusal.body, refusal.status, {"x-request-id": name, **refusal.headers}
+    )
 
 
 async def handle(request: Request, error: Exception) -> Response:

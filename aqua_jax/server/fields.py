@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from aqua_jax.config import LOGPROBS_LIMIT
+from aqua_jax.prompts import SILENT_FIELDS
 
 MOST_SAMPLES = 128  # OpenAI's limit of n
 
@@ -98,7 +99,8 @@ _MESSAGE: Schema = {
                 },
             ]
         },
-        "name": _TEXT,
+        "name": {"anyOf": [_TEXT, {"type": "null"}]},
+        **{name: {"enum": [None, []]} for name in SILENT_FIELDS},
     },
     "required": ["role", "content"],
     "additionalProperties": False,

@@ -70,6 +70,17 @@ def test_the_chat_template_is_applied(client):
     assert chat.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
+def test_an_answer_can_be_given_back_as_part_of_the_conversation(client):
+    ask = {"model": MODEL, "max_tokens": 3, "temperature": 0.0}
+    said = client.chat.completions.create(messages=CHAT, **ask).choices[0].message
+    more = {"role": "user", "content": "jumps"}
+    plain = [*CHAT, {"role": "assistant", "content": said.content}, more]
+    expected = client.chat.completions.create(messages=plain, **ask).choices[0].message.content
+    for form in (said, said.model_dump(), {**said.model_dump(), "tool_calls": [], "name": None}):
+        answer = client.chat.completions.create(messages=[*CHAT, form, more], **ask)
+        assert answer.choices[0].message.content == expected
+
+
 def test_several_prompts_of_either_kind_and_their_streams(client):
     common = {"model": MODEL, "max_tokens": 5, "temperature": 0.0, "n": 2}
     texts = client.completions.create(prompt=["the quick", "brown fox"], **common)
@@ -153,6 +164,11 @@ def test_stops_end_an_answer_and_say_which(client):
         ({"stop": [""]}, "stop", "non-empty"),
         ({"messages": []}, "messages", "non-empty"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "content"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+            "messages[0].tool_calls", "only text",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "text"),
         ({"tools": [{"type": "function"}]}, "tools", "only []"),
         ({"response_format": {"type": "json_object"}}, "response_format", "only"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature?"),
@@ -168,6 +184,7 @@ def test_bad_fields_are_named(client, fields, param, words):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**ask)
     assert caught.value.param == param and caught.value.type == "invalid_request_error"
+    assert caught.value.request_id.startswith("req-")
     assert words in str(caught.value)
 
 

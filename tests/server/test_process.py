@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,7 +63,7 @@ def test_what_has_no_time_left_is_told_so(tmp_path):
             stream.sendall(post_bytes("/v1/completions", {**many, "stream": True}))
             stream.recv(1, 2)
             whole.sendall(post_bytes("/v1/completions", many))
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while json.loads(get(port, "/debug/state")[2])["live"] < 2:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -98,8 +99,12 @@ def test_keys_guard_everything_but_health(tmp_path):
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": "Bearer secret"}
         )
-        with urllib.request.urlopen(asked, timeout=20) as response:
+        with urllib.request.urlopen(asked, timeout=60) as response:
             assert json.load(response)["data"][0]["id"] == "mine"
+        asked.full_url = f"http://127.0.0.1:{port}/metrics"
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            threads = set(re.findall(r'thread_cpu.*thread="(.*)"', response.read().decode()))
+        assert {"aqua-http", "aqua-engine"} <= threads, "docs/metrics.md tells them apart"
 
 
 def test_mistakes_are_found_before_the_model_is_loaded(tmp_path, capsys):

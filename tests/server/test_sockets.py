@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from aqua_jax.server.errors import error_response
 from tests.scale import SCALE, scaled
 from tests.server.serving import (
     MODEL,
@@ -61,7 +62,8 @@ def test_a_stream_ends_with_done_and_is_not_cached(served):
         (b'{"prompt": "\\ud800"}', 400, "prompt", "surrogates"),
         (b'{"prompt": [[1], "x"]}', 400, "prompt[1]", "same kind"),
         (b'{"prompt": [1, -1]}', 400, "prompt[1]", "integers >= 0"),
-        (b'{"prompt": [1, 100000]}', 400, "prompt_token_ids", "ids from 0"),
+        (b'{"prompt": [1, 100000]}', 400, "prompt", "ids from 0"),
+        (b'{"prompt": [[1], [100000]]}', 400, "prompt[1]", "ids from 0"),
         (b'{"prompt": {"prompt": "x"}}', 400, "prompt", "text"),
         (b'{"prompt": "x", "stream": "yes"}', 400, "stream", "true or false"),
         (b'{"prompt": "x", "user": 3}', 400, "user", "text"),
@@ -76,6 +78,13 @@ def test_bad_bodies_are_refused_with_the_field(served, body, status, param, word
     assert found == status, answer
     assert answer["error"]["param"] == param and words in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_faults_of_ours_are_logged_under_the_id_that_the_client_has(caplog):
+    response = error_response(ZeroDivisionError("a secret"))
+    assert response.status_code == 500 and b"a secret" not in response.body
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(response.headers["x-request-id"]) and "a secret" in line
 
 
 def test_wrong_paths_methods_and_kinds_have_the_same_shape(served):
