@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -74,9 +75,10 @@ def define(flags: FlagSet) -> None:
     with flags.group("Scheduling"):
         flags.string(
             "policies", "fcfs,fair", "What is compared: POLICY[@STORE[+STORE]][/STEPS] with "
-            "commas. POLICY: fcfs, fair, priority; vllm (fcfs that leaves no room to grow), vtc, "
-            "aqua_reference. STORE: a store of the machine, or none; default: all for fair, "
-            "priority and aqua_reference, none for the others. STEPS: of a slice.", "NAMES",
+            "commas. POLICY: fcfs, fcfs_swap, fair, priority; vllm (fcfs that leaves no room to "
+            "grow), vtc, aqua_reference. STORE: a store of the machine, or none; default: all for "
+            "fair, fcfs_swap, priority and aqua_reference, none for the others. STEPS: of a "
+            "slice.", "NAMES",
         )
         flags.string(
             "slices", None, "Every policy with slices once for each of these numbers of steps; 0: "
@@ -91,7 +93,15 @@ def define(flags: FlagSet) -> None:
         flags.integer("max_step_tokens", 2048, "Most tokens in one step.", 1)
         flags.integer("max_model_len", 16384, "Longest prompt and answer; longer ones are cut.", 2)
         flags.switch("prefix_caching", True, "As for `aqua-jax bench`.")
-        flags.number("tbt_slo_ms", 0.0, "As for `aqua-jax bench`.", 0.0, 1e6)
+        flags.string(
+            "tbt_slo_ms", None, "Longest gap between two tokens that fair with automatic slices "
+            "aims at; 0, the default: as short as it goes. Several are simulated one after "
+            "another.", "X,X,...",
+        )
+        flags.weights(
+            "user_weights", "Shares of users under fair and vtc, such as user-0=2,user-1=0.5 "
+            "(--num_users are called so; a trace names its own); users not named weigh 1.",
+        )
     with flags.group("Output"):
         flags.number("goodput_ttft_ms", 1000.0, "As for `aqua-jax bench`.", 0.0, 1e9)
         flags.number("goodput_tbt_ms", 100.0, "As for `aqua-jax bench`.", 0.0, 1e9)
@@ -162,25 +172,34 @@ def _run(flags: FlagSet) -> int:
         one.policy == "fair" and one.slice_steps is None for one in contestants
     ):
         raise UsageError("flag --tbt_slo_ms is for fair with automatic slices")
-    if flags.bars is not None and flags.bars not in {one.policy for one in contestants}:
-        raise UsageError(f"flag --bars={flags.bars}: allowed: a policy of --policies")
+    if flags.user_weights and not any(one.policy in setups.WEIGHING for one in contestants):
+        raise UsageError(f"flag --user_weights is for {' and '.join(setups.WEIGHING)}")
+    policies = {one.policy for one in contestants}
+    if flags.bars is not None and (flags.bars not in policies or len(policies) < 2):
+        raise UsageError(
+            f"flag --bars={flags.bars}: allowed: a policy of --policies, beside others"
+        )
+    if flags.bars is not None and flags.json:
+        raise UsageError("flag --bars is for tables, not for --json")
     limits = setups.Limits(
-        flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len, flags.tbt_slo_ms / 1e3,
-        flags.prefix_caching,
+        flags.max_num_seqs, flags.max_step_tokens, flags.max_model_len,
+        prefix_caching=flags.prefix_caching, user_weights=flags.user_weights,
     )
     points: dict[str, dict[str, dict[str, float]]] = {}
     outcomes: dict[str, Any] = {}
     longest = min(limits.max_model_len, system.num_pages * system.page_tokens)
     loads = [_load(flags, longest, flags.seed + number) for number in range(flags.seeds)]
     links: list[float | None] = [*_numbers(flags, "link_gb_s")] or [None]
+    slos = _numbers(flags, "tbt_slo_ms", zero=True) or [0.0]
     for rate in _numbers(flags, "request_rate") or [1.0]:
         several = [load(rate) for load in loads]
-        for link in links:
+        for link, slo in itertools.product(links, slos):
             here = system if link is None else system.with_rate(link * 1e9)
-            name = _point(flags, rate, link)
+            aimed = dataclasses.replace(limits, tbt_slo_s=slo / 1e3)
+            name = _point(flags, rate, link, slo if len(slos) > 1 else None)
             runs = [
                 report.compare(
-                    contestants, here, limits, requests, flags.goodput_ttft_ms / 1e3,
+                    contestants, here, aimed, requests, flags.goodput_ttft_ms / 1e3,
                     flags.goodput_tbt_ms / 1e3,
                 ) for requests in several
             ]
@@ -214,21 +233,28 @@ def _run(flags: FlagSet) -> int:
         print(report.table(next(iter(points.values())), title), flush=True)
     else:
         print(report.sweep_table(points, title), flush=True)
-    if flags.bars is not None and not flags.json:
+    if flags.bars is not None:
         for name, results in points.items():
             print(bars.table(results, flags.bars, f"At equal bars, {name}:"), flush=True)
     return 0
 
 
-def _point(flags: FlagSet, rate: float, link: float | None) -> str:
-    parts = [f"{rate:g}/s"] if flags.workload in ("poisson", "gamma") else [flags.workload]
-    return ", ".join(parts + ([] if link is None else [f"{link:g} GB/s"]))
+def _point(flags: FlagSet, rate: float, link: float | None, slo: float | None) -> str:
+    parts = [f"{rate:g}/s"] if flags.workload in _RANDOM else [flags.workload]
+    parts += [] if link is None else [f"{link:g} GB/s"]
+    return ", ".join(parts + ([] if slo is None else [f"{slo:g} ms"]))
 
 
 def _system(flags: FlagSet) -> System:
     from aqua_jax.simulation import machines
 
-    model = None if machines.is_fitted(flags.machine) else _model(flags.model)
+    model = None
+    if not machines.is_fitted(flags.machine):
+        model = _model(flags.model)
+    elif flags.given("model") or flags.given("page_tokens"):
+        raise UsageError(
+            f"flags --model and --page_tokens: {flags.machine} is a profile, which has its own"
+        )
     system = machines.build_system(flags.machine, model, flags.page_tokens)
     if flags.kv_cache_tokens is not None:
         pages = flags.kv_cache_tokens // system.page_tokens
@@ -262,7 +288,7 @@ def _integers(flags: FlagSet, name: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _numbers(flags: FlagSet, name: str) -> list[float]:
+def _numbers(flags: FlagSet, name: str, zero: bool = False) -> list[float]:
     text = getattr(flags, name)
     if text is None:
         return []
@@ -270,8 +296,11 @@ def _numbers(flags: FlagSet, name: str) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(0.0 < value < math.inf for value in values):
-        raise UsageError(f"flag --{name}={text}: allowed: numbers > 0 with commas")
+    low = ">= 0" if zero else "> 0"
+    if not values or not all(0.0 < value < math.inf or (zero and value == 0) for value in values):
+        raise UsageError(f"flag --{name}={text}: allowed: numbers {low} with commas")
+    if len(set(values)) < len(values):
+        raise UsageError(f"flag --{name}={text}: allowed: each once")
     return values
 
 

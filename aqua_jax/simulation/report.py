@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from aqua_jax.bench.service import gaps, run_metrics
+from aqua_jax.bench.open_loop import Served
+from aqua_jax.bench.service import gaps, run_metrics, service_by_user
 from aqua_jax.bench.traces import TraceRequest
+from aqua_jax.errors import ConfigError
 from aqua_jax.simulation.machines import System
 from aqua_jax.simulation.setups import Limits, Setup, build
 from aqua_jax.simulation.simulator import Outcome, Simulator
@@ -38,16 +40,67 @@ def figures(outcome: Outcome, ttft_slo_s: float = 1.0, tbt_slo_s: float = 0.1) -
     }
 
 
+def shares(outcome: Outcome, user_weights: Mapping[str, float]) -> dict[str, float]:
+    """What users with a weight had of the service while all users competed, in tokens of prompts
+    and outputs: "share of NAME", from 0 to 1, beside "due to NAME", its weight's part of the
+    weights of all.
+
+    All compete from the last newcomer to the moment at which the first user has had half of all it
+    asks for; the last long answers, which nobody competes with, would blur the shares.
+    """
+    served = outcome.run.served
+    whole = service_by_user(served)
+    begin = max(
+        min(one.due for one in served if one.request.user == user) for user in whole
+    )
+    end = min(_half_served(served, user, whole[user]) for user in whole)
+    service = service_by_user(served, begin, end)
+    had = max(math.fsum(service.values()), 1.0)
+    weights = math.fsum(user_weights.get(user, 1.0) for user in whole)
+    found = {}
+    for user, weight in user_weights.items():
+        found[f"share of {user}"] = service[user] / had
+        found[f"due to {user}"] = weight / weights
+    return found
+
+
+def _half_served(served: Sequence[Served], user: str, whole: float) -> float:
+    """When a user has had half of its service."""
+    events = sorted(
+        (at, 1 if number else 1 + one.request.prompt)
+        for one in served if one.request.user == user for number, at in enumerate(one.tokens)
+    )
+    had = 0
+    for at, tokens in events:
+        had += tokens
+        if 2 * had >= whole:
+            return at
+    return 0.0
+
+
 def compare(
     setups: Sequence[Setup], system: System, limits: Limits, requests: Sequence[TraceRequest],
     ttft_slo_s: float = 1.0, tbt_slo_s: float = 0.1,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Outcome]]:
-    """Every contestant over one load: (figures by name, outcomes by name)."""
+    """Every contestant over one load: (figures by name, outcomes by name). `shares` are among the
+    figures where users have weights.
+
+    Raises:
+      ConfigError: a weight of a user who asks for nothing, or is alone.
+    """
+    users = {request.user for request in requests}
+    strangers = [user for user in limits.user_weights if user not in users or len(users) == 1]
+    if strangers:
+        some = ", ".join(sorted(users)[:4]) + (", ..." if len(users) > 4 else "")
+        raise ConfigError("user_weights", strangers[0], f"users of a load that has several: {some}")
     shown: dict[str, dict[str, float]] = {}
     outcomes: dict[str, Outcome] = {}
     for setup in setups:
         outcomes[setup.name] = simulate(setup, system, limits, requests)
-        shown[setup.name] = figures(outcomes[setup.name], ttft_slo_s, tbt_slo_s)
+        shown[setup.name] = {
+            **figures(outcomes[setup.name], ttft_slo_s, tbt_slo_s),
+            **shares(outcomes[setup.name], limits.user_weights),
+        }
     return shown, outcomes
 
 
@@ -82,7 +135,11 @@ def table(results: dict[str, dict[str, float]], title: str) -> str:
     """A column per contestant."""
     width = max(11, *(len(name) + 2 for name in results))
     lines = [title, " " * 24 + "".join(f"{name:>{width}}" for name in results)]
-    for field, label, unit in _ROWS:
+    named = dict.fromkeys(
+        field for one in results.values() for field in one
+        if field.startswith(("share of ", "due to "))
+    )
+    for field, label, unit in (*_ROWS, *((field, field, 1.0) for field in named)):
         if not any(field in one for one in results.values()):
             continue
         cells = (one.get(field, math.nan) / unit for one in results.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aqua_jax.errors import ConfigError
 from aqua_jax.paging.pages import FarthestNextUse, LeastRecentlyUsed, PagePool
@@ -31,6 +31,7 @@ from aqua_jax.simulation.vtc import VirtualTokenCounter
 
 NAMES = (*POLICIES, "vllm", "vtc", "aqua_reference")
 SLICED = ("fair", "aqua_reference")
+WEIGHING = ("fair", "vtc")  # users
 _RECOMPUTING = ("fcfs", "vllm", "vtc")
 _MAX_MOVES = 1024  # of a step, as the engine has them
 
@@ -65,6 +66,8 @@ def parse_setup(text: str) -> Setup:
     if slash and (policy not in SLICED or not steps.isdecimal()):
         raise ConfigError("policies", text, f"/STEPS, an integer, after {', '.join(SLICED)} only")
     wanted = () if stores == "none" else tuple(stores.split("+"))
+    if len(set(wanted)) < len(wanted):
+        raise ConfigError("policies", text, "each store once")
     return Setup(text, policy, int(steps) if slash else None, wanted if at else None)
 
 
@@ -72,17 +75,22 @@ def expand(names: Sequence[str], slices: Sequence[int]) -> list[Setup]:
     """Setups of these names; those with slices and no number of steps once for each of `slices`.
 
     Raises:
-      ConfigError: a name is none, or there twice.
+      ConfigError: a name is none, or there twice, or `slices` are given and none is of use.
     """
     found: list[Setup] = []
+    used = False
     for name in names:
         one = parse_setup(name.strip())
         if slices and one.policy in SLICED and one.slice_steps is None:
             found += [parse_setup(f"{one.name}/{steps}") for steps in slices]
+            used = True
         else:
             found.append(one)
     if len({one.name for one in found}) < len(found):
         raise ConfigError("policies", ",".join(names), "each once")
+    if slices and not used:
+        wanted = " or ".join(SLICED)
+        raise ConfigError("slices", list(slices), f"only beside {wanted} without a number of steps")
     return found
 
 
@@ -94,6 +102,7 @@ class Limits:
       max_num_seqs, max_step_tokens, max_model_len: of `SchedulerConfig`.
       tbt_slo_s: of `SliceConfig`.
       prefix_caching: full pages are found by their content, as in the engine.
+      user_weights: of `FairConfig`, and vtc's; the other policies don't weigh users.
     """
 
     max_num_seqs: int = 256
@@ -101,6 +110,7 @@ class Limits:
     max_model_len: int = 4096
     tbt_slo_s: float = 0.0
     prefix_caching: bool = True
+    user_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, CopyQueue]:
@@ -147,7 +157,8 @@ def make_stores(system: System) -> list[SlotStore]:
 def make_policy(setup: Setup, limits: Limits) -> Policy:
     """The policy of a setup."""
     makers: dict[str, Callable[[], Policy]] = {
-        **POLICIES, "vllm": POLICIES["fcfs"], "vtc": VirtualTokenCounter,
+        **POLICIES, "vllm": POLICIES["fcfs"],
+        "vtc": lambda: VirtualTokenCounter(limits.user_weights),
     }
     if setup.policy != "fair":
         return makers[setup.policy]()
@@ -155,4 +166,4 @@ def make_policy(setup: Setup, limits: Limits) -> Policy:
     slices = SliceConfig(
         slice_steps="auto" if steps is None else steps or math.inf, tbt_slo_s=limits.tbt_slo_s
     )
-    return Fair(FairConfig(slices=slices))
+    return Fair(FairConfig(slices=slices, user_weights=limits.user_weights))

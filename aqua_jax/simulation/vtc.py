@@ -11,7 +11,7 @@ the engine that VTC was built into. The policy belongs to this room: it is a bas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from aqua_jax.paging.pages import PagePool
@@ -28,7 +28,9 @@ class VirtualTokenCounter:
     growth_steps = 0.0
     timeless = False
 
-    def __init__(self) -> None:
+    def __init__(self, user_weights: Mapping[str, float] | None = None) -> None:
+        """`user_weights`: above 0; users not named weigh 1."""
+        self._weights = user_weights or {}
         self._queues: dict[str, deque[Sequence]] = {}  # users with waiting requests
         self._counters: dict[str, float] = {}
         self._last = ""  # the user admitted last
@@ -120,7 +122,9 @@ class VirtualTokenCounter:
             return
         prompt = max(0, min(done, sequence.prompt_len) - before)
         amount = PROMPT_COST * prompt + OUTPUT_COST * (done - before - prompt)
-        self._counters[sequence.user] += amount / sequence.weight
+        self._counters[sequence.user] += (
+            amount / sequence.weight / self._weights.get(sequence.user, 1.0)
+        )
         self._charged[sequence] = done
 
     def on_finish(self, sequence: Sequence) -> None:

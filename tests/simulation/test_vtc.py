@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from aqua_jax.bench.traces import TraceRequest
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -49,6 +51,18 @@ def test_weights_divide() -> None:
     serve(policy, heavy, 12)  # 10 prompt tokens and 2 of output: 14 / 3
     serve(policy, light, 5)
     assert policy.head(0.0) is more[0]
+
+
+@pytest.mark.parametrize("weight, first", [(1.0, "b"), (3.0, "a")])
+def test_users_weights_divide(weight: float, first: str) -> None:
+    policy = VirtualTokenCounter({"a": weight})
+    heavy, light, *more = (sequence(number, user) for number, user in enumerate("abab"))
+    for one in (heavy, light, *more):
+        policy.push(one)
+    serve(policy, heavy, 12)  # 14 over the weight
+    serve(policy, light, 5)
+    head = policy.head(0.0)
+    assert head is not None and head.user == first
 
 
 def test_who_comes_back_is_lifted() -> None:
