@@ -144,6 +144,8 @@ class Check:
     def run_all(self, jobs: list[Job], gpus: int, beside: int = 1) -> None:
         """Runs each job that so many GPUs allow, within its share of what time is left.
 
+        Jobs that run beside each other may have half of it, if they need it.
+
         Args:
           jobs: in order.
           gpus: there are.
@@ -160,6 +162,8 @@ class Check:
             # Together they take as long as the longest, or as all of them in so many rows.
             wanted = max(max(job.most_s for job in group), sum(j.most_s for j in group) / beside)
             share = self.left_s * wanted / (wanted + sum(job.most_s for job in todo))
+            if len(group) > 1:  # what must be right, before what is measured
+                share = max(share, self.left_s / 2)
             end = time.monotonic() + min(wanted, share)
             with concurrent.futures.ThreadPoolExecutor(min(beside, len(group))) as pool:
                 for done in [pool.submit(self._run_job, job, end, gpus) for job in group]:
