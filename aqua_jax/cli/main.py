@@ -14,17 +14,16 @@ import difflib
 import importlib
 import logging
 import os
-import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 
 from aqua_jax.cli.flagset import HELP_WIDTH, FlagSet, UsageError
-from aqua_jax.cli.signals import SwallowedInterrupts
+from aqua_jax.cli.signals import gentle_interrupts, interrupted
 
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")  # absl's words, too
-OK, SOME_FAILED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+OK, FAILED, BROKEN_PIPE = 0, 2, 141
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,32 +247,21 @@ def _detach_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupted() -> int:
-    # A second Ctrl-C while we clean up shouldn't end in a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print("\naqua-jax: interrupted", file=sys.stderr)
-    return INTERRUPTED
-
-
 def run() -> None:
-    """Entry point of the console script; exits with the command's status."""
-    interrupts = SwallowedInterrupts()
-    interrupts.install()
+    """Runs the command that the process was started with; exits with its status."""
+    gentle_interrupts()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
-        status = _interrupted()
+        status = interrupted()
     except BrokenPipeError:
         _detach_stdout()
         status = BROKEN_PIPE
     except Exception:
-        if interrupts.seen:  # in the midst of an import, say, which failed for that
-            status = _interrupted()
-        else:
-            # Ours, not the user's: show where. Not Python's status 1, which says "some failed".
-            traceback.print_exc()
-            status = FAILED
+        # Ours, not the user's: show where. Not Python's status 1, which says "some failed" here.
+        traceback.print_exc()
+        status = FAILED
     sys.exit(status)
 
 

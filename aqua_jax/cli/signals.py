@@ -1,21 +1,20 @@
-"""Signals as a flag that loops look at between steps, and Ctrl-C that isn't lost before them.
+"""Signals as a flag that loops look at between steps, and Ctrl-C that does no harm before them.
 
 Python raises KeyboardInterrupt wherever it happens to be; inside a callback or a finaliser of a
-library it is swallowed, and the command would run on. A flag is never lost (`stop_signals`). Before
-there is a loop, while libraries are imported and a model is loaded, what was swallowed is raised
-again (`SwallowedInterrupts`).
+library it is swallowed, and the command would run on. A flag is never lost (`stop_signals`). There
+is no loop yet while libraries are imported and a model is loaded; `gentle_interrupts` is for then.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
-_AGAIN_S = 0.02  # until a swallowed KeyboardInterrupt is raised again
+INTERRUPTED = 130  # exit status
+_AGAIN_S = 0.02  # until Ctrl-C that had to wait, or was swallowed, is raised again
 
 
 class StopSignal:
@@ -60,44 +59,48 @@ def stop_signals(message: str = "") -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-class SwallowedInterrupts:
-    """Raises KeyboardInterrupt again in the main thread when a library has swallowed it.
+def gentle_interrupts() -> None:
+    """From now on Ctrl-C ends the process as ever, but at no bad moment, nor in vain.
 
-    In a callback (jax has one in the garbage collector) Python hands it to `sys.unraisablehook` and
-    goes on. In the import of an extension module numpy's C interface hands it to `sys.excepthook`,
-    and raises an ImportError without a cause.
+    An extension module whose import is cut short stays half initialised: numpy's raise an
+    ImportError without a cause, and jaxlib crashed. So Ctrl-C waits until it is there. In a
+    callback (jax has one in the garbage collector) Python tells `sys.unraisablehook` of the
+    KeyboardInterrupt and goes on; there it is raised again a moment later.
 
-    Attributes:
-      seen: whether one was swallowed.
+    Where SIGINT is ignored, as in a shell's background jobs, it stays so.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    unraisable = sys.unraisablehook
 
-    def __init__(self) -> None:
-        self.seen = False
+    def on_unraisable(what: sys.UnraisableHookArgs, /) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            unraisable(what)
 
-    def install(self) -> None:
-        """Hooks into both, for the rest of the process."""
-        unraisable, uncaught = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = on_unraisable
+    # A timer's signal, not a thread: threads can't be started safely in a signal handler.
+    signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, _interrupt)
 
-        def on_unraisable(what: sys.UnraisableHookArgs, /) -> None:
-            if not self._again(what.exc_type):
-                unraisable(what)
 
-        def on_uncaught(
-            kind: type[BaseException], error: BaseException, trace: TracebackType | None
-        ) -> None:
-            if not self._again(kind):
-                uncaught(kind, error, trace)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
-        sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
 
-    def _again(self, kind: type[BaseException]) -> bool:
-        if not issubclass(kind, KeyboardInterrupt):
-            return False
-        self.seen = True
-        # Later: raised here, it would be swallowed once more. A real signal ends a wait as well.
-        main = threading.main_thread().ident
-        assert main is not None
-        timer = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
-        timer.daemon = True
-        timer.start()
-        return True
+def interrupted() -> int:
+    """Says that Ctrl-C has ended the command, and ignores further ones.
+
+    Returns:
+      The exit status.
+    """
+    # A second Ctrl-C while we clean up shouldn't end in a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("\naqua-jax: interrupted", file=sys.stderr)
+    return INTERRUPTED
