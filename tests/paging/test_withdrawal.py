@@ -225,3 +225,18 @@ def test_what_returns_is_handed_out_with_another_generation():
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(PageError, match="cannot be"):
         WithdrawablePool(*sizes, 16)
+
+
+def test_a_page_that_moves_stays_readable_for_who_left_it():
+    """One holder has left and means to come back; the other's page moves, and then it leaves."""
+    pool = WithdrawablePool(1, 1, 2, 4, FarthestNextUse())
+    (old,) = pool.allocate(1)
+    pool.keep([old], 1)
+    (new,) = pool.allocate(1)
+    pool.move(old, new, 1)
+    pool.release(new)
+    assert pool.alive(new) and not pool.alive(old)
+    pool.retain(new)
+    pool.unkeep(new)
+    pool.release(new)
+    assert not pool.alive(new) and pool.free == 3
