@@ -194,6 +194,14 @@ def engine_families(stats: Mapping[str, Any]) -> Iterator[Metric]:
         for state in ("in_use", "free"):
             pages.add_metric([store["name"], state], store.get(state, 0))
     yield pages
+    # Of the host tier more than what is used and free: it takes memory as it fills.
+    most = GaugeMetricFamily(
+        "aqua_pages_capacity", "KV pages that a tier may come to hold.", labels=["tier"]
+    )
+    most.add_metric(["pool"], pool.get("total", 0))
+    for store in paging.get("stores", ()):
+        most.add_metric([store["name"]], store.get("capacity", 0))
+    yield most
     moved = CounterMetricFamily(
         "aqua_paged_bytes", "Bytes moved between the pool and stores.", labels=["direction"]
     )

@@ -92,9 +92,9 @@ def test_counters_that_are_not_there_yet_are_left_out():
     names = {family.name for family in engine_families({})}
     assert "aqua_sequences_swapped" not in names and "aqua_pages" in names
     full = engine_families({
-        "swapped": 3, "pages": {"in_use": 1, "cached": 2, "free": 3},
+        "swapped": 3, "pages": {"in_use": 1, "cached": 2, "free": 3, "total": 6},
         "paging": {
-            "stores": [{"name": "peer", "in_use": 4, "free": 5, "lenders": [{
+            "stores": [{"name": "peer", "in_use": 4, "free": 5, "capacity": 20, "lenders": [{
                 "lender": "far", "in_use": 4, "capacity": 9, "wanted": 2, "bytes_out": 6,
                 "bytes_in": 8,
             }]}], "bytes_out": 6, "bytes_in": 7,
@@ -108,6 +108,8 @@ def test_counters_that_are_not_there_yet_are_left_out():
     assert values["aqua_sequences_swapped",] == 3
     assert values["aqua_pages", "peer", "in_use"] == 4
     assert values["aqua_pages", "pool", "lent"] == 8
+    assert values["aqua_pages_capacity", "pool"] == 6
+    assert values["aqua_pages_capacity", "peer"] == 20
     assert values["aqua_pages", "pool", "wanted_back"] == 9
     assert values["aqua_paged_bytes_total", "in"] == 7
     assert values["aqua_engine_stat", "paging.bytes_out"] == 6
