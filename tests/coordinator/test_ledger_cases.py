@@ -84,6 +84,50 @@ def test_a_lender_that_changes_its_mind_tells_holders():
     ]
 
 
+def test_saying_the_same_again_gives_holders_no_more_time():
+    case = Case(4)
+    found = case.borrow(ONE, 4)
+    case.ledger.reclaim(LENDER, case.arena, PAGE, 2.0)
+    assert case.events() == [Revoke(ONE, found.generation, PAGE, 2.0)]
+    case.later(1.0, ONE)
+    assert case.ledger.reclaim(LENDER, case.arena, PAGE, 2.0) == 3 * PAGE
+    assert case.events() == [] and case.ledger.arenas[case.arena].deadline == 2.0
+
+
+def test_who_slept_gives_holders_the_time_and_tells_nobody_twice():
+    case = Case(4)
+    found = case.borrow(ONE, 4)
+    case.ledger.reclaim(LENDER, case.arena, PAGE, 2.0)
+    case.events()
+    case.now += 3.0
+    case.ledger.stalled(3.0)
+    case.later(0.5, ONE)
+    assert case.events() == []
+    assert case.ledger.ranges[found.generation].deadline == 5.0
+    case.ledger.reclaim(LENDER, case.arena, 0, 1.0)
+    assert case.events() == [Revoke(ONE, found.generation, 0, 4.5)]
+
+
+@pytest.mark.parametrize("where", ["free", "dirty", "scrubbing", "held"])
+@pytest.mark.parametrize(("start", "end"), [(1, 2), (2, 3), (0, 4), (1, 4), (0, 2)])
+def test_nothing_is_lent_twice(where, start, end):
+    """Of an arena of 6 pages [1, 3) are lent."""
+    case = Case(1)
+    arena = case.ledger.register(LENDER, ArenaTerms(6 * PAGE), [(PAGE, 3 * PAGE)]).id
+    if where == "scrubbing":
+        assert case.ledger.next_dirty(2 * PAGE) == (arena, PAGE, 3 * PAGE)
+    elif where != "dirty":
+        case.zero()
+    if where == "held":
+        assert case.borrow(ONE, 2).arena == arena
+    with pytest.raises(LedgerError, match="aren't lent"):
+        case.ledger.lend(LENDER, arena, start * PAGE, end * PAGE)
+    assert case.ledger.arenas[arena].lent == 2 * PAGE
+    case.ledger.lend(LENDER, arena, 0, PAGE)
+    case.ledger.lend(LENDER, arena, 3 * PAGE, 6 * PAGE)
+    assert case.ledger.arenas[arena].lent == 6 * PAGE
+
+
 def test_priority_is_asked_last():
     case = Case(8)
     high = case.borrow(ONE, 4, priority=1)
@@ -123,6 +167,20 @@ def test_a_silent_holder_is_quarantined_and_others_are_asked():
     case.ledger.remove(ONE)
     assert [event for event in case.events() if isinstance(event, Returned)]
     assert not case.ledger.arenas[case.arena].held
+
+
+def test_who_holds_something_is_not_forgotten_though_it_hung_up_long_ago():
+    """Its process may live, and be in the middle of a copy."""
+    case = Case(4)
+    found = case.borrow(ONE, 4)
+    case.ledger.disconnected(ONE)
+    case.ledger.disconnected(TWO)
+    for _ in range(3):
+        case.later(11, THREE)
+    assert case.ledger.clients[ONE].expired and TWO not in case.ledger.clients
+    assert case.ledger.ranges[found.generation].held.total == 4 * PAGE
+    assert case.ledger.next_dirty(PAGE) is None
+    assert isinstance(case.ledger.borrow(THREE, PAGE), Refused)
 
 
 def test_force_ends_the_silent_within_term_and_drain_limit():
