@@ -96,9 +96,11 @@ def parse_call(body: bytes, chat: bool) -> Call:
 
 def _check_known(record: dict[str, Any], known: dict[str, Any]) -> None:
     for name, values in fields.NEUTRAL.items():
-        if name not in record or record[name] in values:
+        if name not in record:
             continue
-        if name == "best_of" and record[name] == record.get("n", 1):
+        if name == "best_of":
+            values = (record.get("n", 1),)
+        if record[name] in values:
             continue
         raise RequestError(
             name, record[name], f"only {values[0]!r}: this server doesn't do more with it"

@@ -55,8 +55,8 @@ def url(bound: socket.socket) -> str:
 class _Connection(HttpToolsProtocol):
     """A connection that must say what it wants in time.
 
-    uvicorn limits how long a connection may idle between requests; this one limits the first
-    request's head as well, so that half-open connections end.
+    uvicorn limits how long a connection may idle between requests; this one limits every request's
+    head as well, the first one from the beginning, so that half-open connections end.
     """
 
     read_timeout_s = 30.0
@@ -64,15 +64,31 @@ class _Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """asyncio."""
         super().connection_made(transport)
-        self._first_head = self.loop.call_later(self.read_timeout_s, self._close_unless_asked)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio."""
-        self._first_head.cancel()
+        self._head_due.cancel()
         super().connection_lost(exc)
 
-    def _close_unless_asked(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_message_begin(self) -> None:
+        """httptools: the first byte of a request."""
+        super().on_message_begin()
+        if self.cycle is not None:  # the first one's time has begun before
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """httptools: a request's head is there."""
+        self._head_due.cancel()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._head_due = self.loop.call_later(self.read_timeout_s, self._close_unless_busy)
+
+    def _close_unless_busy(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()  # half a request behind one that is being answered
+        elif not self.transport.is_closing():
             self.transport.close()
 
 

@@ -69,6 +69,7 @@ def test_a_stream_ends_with_done_and_is_not_cached(served):
         (b'{"prompt": "x", "user": 3}', 400, "user", "text"),
         (b'{"prompt": "x", "logprobs": true}', 400, "logprobs", "0 to 20"),
         (b'{"prompt": "x", "best_of": 3}', 400, "best_of", "only 1"),
+        (b'{"prompt": "x", "best_of": 1, "n": 2}', 400, "best_of", "only 2"),
         (b'{"prompt": "x", "seed": 1.5}', 400, "seed", "integer"),
         (b'{"prompt": "x", "max_tokens": true}', 400, "max_tokens", "integer"),
     ],
@@ -131,6 +132,21 @@ def test_half_open_connections_end_and_cost_nothing(tmp_path):
             assert data.startswith(expected) and bool(data) == bool(expected)
             connection.close()
         assert served.idle() and served.engine.stats()["requests_added"] == 1
+
+
+def test_later_requests_of_a_connection_have_as_little_time(tmp_path):
+    half = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    with serving(text_engine_config(tmp_path), read_timeout_s=0.5) as served:
+        assert ask(served.port, COMPLETIONS, {"prompt": "x", "max_tokens": 1})[0] == 200
+        with connect(served.port) as connection:
+            connection.sendall(half + b"\r\n")
+            assert read_response(connection)[0] == 200
+            connection.sendall(half)
+            assert connection.recv(1) == b"", "closed, and before connections that only idle"
+        with connect(served.port) as connection:  # behind one that is being answered
+            connection.sendall(post_bytes(COMPLETIONS, {**LONG, "stream": True}) + half)
+            assert b"[DONE]" in read_response(connection)[2]
+            assert connection.recv(1) == b""
 
 
 def test_a_closed_half_is_a_closed_connection(served):
