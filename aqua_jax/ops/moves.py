@@ -4,9 +4,10 @@
 worker and returns at once; the step runs on while they are copied, and the host asks by ticket what
 has become of each copy. On CPUs the worker copies (AQUA_COPY_THREADS of them, default 1, at the
 process's niceness plus AQUA_COPY_NICE, default 5). With CUDA it puts copies onto streams of its
-own: copy engines from AQUA_COPY_ENGINE_BYTES on (default 256 KiB), kernels below. A separate
-program for copies would not do: a pending read of the pool holds back the next step that donates
-it, and a program of only an FFI call runs inline in the thread that calls it.
+own: copy engines from AQUA_COPY_ENGINE_BYTES on (default: 256 KiB to the host, 2 MiB to another
+GPU), kernels below that and within a GPU. A separate program for copies would not do: a pending
+read of the pool holds back the next step that donates it, and a program of only an FFI call runs
+inline in the thread that calls it.
 
 The worker and the step share the pool without a lock. Who makes plans keeps these rules; nothing
 here can check them (`set_delay` makes tests that notice, tests/faults/test_ordering_rules.py):

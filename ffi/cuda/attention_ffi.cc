@@ -122,6 +122,7 @@ ffi::Error on_host(ffi::AnyBuffer kv, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::A
                    ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t layer, float scale,
                    int64_t window, bool deterministic) {
+  const emulation::Capturing as_on_a_device;
   return attention(nullptr, kv, q, k, v, positions, query_starts, kv_lens, page_table, num_seqs,
                    spaces, kv_out, out, workspace, layer, scale, window, deterministic);
 }

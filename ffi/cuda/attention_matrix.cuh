@@ -5,7 +5,7 @@
 // A block of 4 warps takes one kv head and kRows rows, a row being one query head of one token, and
 // walks over their keys in blocks of kKeys at multiples of kKeys. Keys and values go through a ring
 // of kStages buffers in shared memory, filled by asynchronous 16-byte copies.
-//   tiles (kParts false): 64 rows, 16 per warp; each warp sees all keys
+//   tiles (kParts false): kRows / 4 rows per warp; each warp sees all keys
 //   parts (kParts true): the rows are the query heads of one token (16 at most), and each warp
 //     takes a quarter of every block of keys; the warps' sums are added up at the end, in order
 #pragma once
@@ -19,19 +19,26 @@ namespace cuda {
 template <int kDim, bool kParts>
 struct MatrixShape {
   static constexpr int kThreads = 128;
-  static constexpr int kRows = kParts ? 16 : kTileRows;
-  static constexpr int kKeys = !kParts && kDim > 128 ? 32 : kBlockKeys;
+  // A fragment of keys or values that a warp reads from shared memory serves all of its rows: with
+  // 32 of them shared memory keeps up with the matrix units, with 16 it is what they wait for.
+  static constexpr int kRows = kParts ? 16 : tile_rows(kDim);
+  static constexpr int kRowTiles = kParts ? 1 : kRows / 64;  // of 16 rows, per warp
+  static constexpr int kKeys = kParts ? kBlockKeys : 32;
   static constexpr int kWarpKeys = kParts ? kKeys / 4 : kKeys;
-  // Parts are bound by memory: two buffers in flight while one is used.
-  static constexpr int kStages = kParts && kDim <= 128 ? 3 : 2;
+  // Two buffers in flight while one is used.
+  static constexpr int kStages = kDim <= 128 ? 3 : 2;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static constexpr int kSideBytes = kKeys * kDim * 2;  // keys, or values
   static constexpr int kRingBytes = kStages * 2 * kSideBytes;
-  static constexpr bool kKeepQueries = kDim <= 128;  // in registers
-  // Queries that are kept pass through the last buffer, which is filled once all have been read: up
-  // to 128 dimensions, 96 KiB do, which GPUs without a data centre's shared memory have as well.
+  static constexpr bool kKeepQueries = kParts && kDim <= 128;  // in registers
+  // Queries that are kept pass through the last buffer, which is filled once all have been read. Up
+  // to 128 dimensions 96 KiB do, which GPUs without a data centre's shared memory have as well, and
+  // two blocks at a time fit an H100, for tiles (80 KiB) an A100 too.
   static constexpr int kQueriesAt = kKeepQueries ? kRingBytes - 2 * kSideBytes : kRingBytes;
   static constexpr int kShared = kKeepQueries ? kRingBytes : kRingBytes + kQueryBytes;
+  // What an H100 has, less the 1 KiB a block that the system takes; without spaces on any GPU.
+  static_assert(kDim > 128 || (2 * (kShared + 1024 + PageMap::kMostBytes) <= 228 * 1024 &&
+                               kShared <= 99 * 1024), "fewer blocks would fit a multiprocessor");
   static_assert(!kKeepQueries || kQueryBytes <= 2 * kSideBytes, "queries don't fit a buffer");
 };
 
@@ -43,6 +50,7 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   constexpr int kLoads = kKeys * kChunks / 128;          // per thread, of keys and of values
   constexpr int kRowsApart = 128 / kChunks;              // between a thread's loads
   constexpr int kTilesN = kWarpKeys / 8, kTilesD = kDim / 8, kSteps = kDim / 16;
+  constexpr int kRowTiles = Shape::kRowTiles;
 
   // ---- Which rows, which keys.
   const Counts counts = *reinterpret_cast<const Counts*>(p.counts);
@@ -55,13 +63,17 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   const int32_t heads_from = kParts ? unit / p.kv_heads * 16 : 0;
   const int32_t kv_head = kParts ? unit % p.kv_heads : unit;
   // Row r of the block is query head `row_head` of token `row_token` of the sequence's rows.
-  const int64_t row_base = kParts ? heads_from : int64_t{item.part} * kTileRows;
-  const int64_t rows_end = kParts ? p.group : int64_t{rows.count} * p.group;
-  const auto row_token = [&](int r) { return static_cast<int32_t>((row_base + r) / p.group); };
-  const auto row_head = [&](int r) { return static_cast<int32_t>((row_base + r) % p.group); };
-  const auto row_valid = [&](int r) { return row_base + r < rows_end; };
-  const int32_t rows_here = static_cast<int32_t>(
-      rows_end - row_base < Shape::kRows ? rows_end - row_base : Shape::kRows);
+  const int64_t row_base = kParts ? heads_from : int64_t{item.part} * Shape::kRows;
+  const int64_t rows_left = (kParts ? p.group : int64_t{rows.count} * p.group) - row_base;
+  const int rows_here = static_cast<int>(rows_left < Shape::kRows ? rows_left : Shape::kRows);
+  const auto group = static_cast<uint32_t>(p.group);
+  const auto token_base = static_cast<int32_t>(row_base / p.group);
+  const auto head_base = static_cast<uint32_t>(row_base % p.group);
+  const auto row_token = [&](int r) {
+    return token_base + static_cast<int32_t>((head_base + r) / group);
+  };
+  const auto row_head = [&](int r) { return static_cast<int32_t>((head_base + r) % group); };
+  const auto row_valid = [&](int r) { return r < rows_here; };
 
   int32_t first = first_visible(p, before + row_token(0));
   int32_t last = before + row_token(rows_here - 1) + 1;
@@ -77,9 +89,14 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
   unsigned char* const query_rows = ring + Shape::kQueriesAt;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
   const int chunk = thread % kChunks, load_row = thread / kChunks;
-  const T* const pool = static_cast<const T*>(p.kv);
   const PageMap map(p.kv, p.pages, page_bytes(p), p.spaces, ring + Shape::kShared);
   const bool chunk_valid = chunk * 8 < p.head_dim;
+  // Bytes from a page's start to this thread's chunk of the first slot, to the next slot, and from
+  // keys to values (check: a page has less than 2 GiB).
+  const int32_t slot_bytes = p.kv_heads * p.head_dim * 2;
+  const auto chunk_at = static_cast<int32_t>(
+      (keys_at(p, 0) + int64_t{kv_head} * p.head_dim + chunk * 8) * 2);
+  const int32_t values_at = p.page_tokens * slot_bytes;
 
   const auto find_pages = [&](int32_t block, int32_t pages[kLoads]) {
 #pragma unroll
@@ -95,12 +112,11 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
       const int row = load_row + i * kRowsApart;
       const int32_t slot = (block * kKeys + row) & (p.page_tokens - 1);
       const bool valid = map.has(pages[i]) && chunk_valid;
-      const T* from = valid ? reinterpret_cast<const T*>(map.at(pages[i])) + keys_at(p, slot) +
-                                  int64_t{kv_head} * p.head_dim + chunk * 8
-                            : pool;
+      const char* from = static_cast<const char*>(p.kv);  // zeros are copied from there
+      if (valid) from = map.at(pages[i]) + chunk_at + slot * slot_bytes;
       const int at = swizzled<kDim>(row, chunk);
       copy_async16(keys + at, from, valid);
-      copy_async16(keys + Shape::kSideBytes + at, valid ? from + values_after(p) : pool, valid);
+      copy_async16(keys + Shape::kSideBytes + at, valid ? from + values_at : from, valid);
     }
   };
 
@@ -129,43 +145,48 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
               pack2<T>(x[6], x[7])};
   }
   __syncthreads();
-  const int warp_row = kParts ? 0 : warp * 16;
+  const int warp_row = kParts ? 0 : warp * 16 * kRowTiles;
   const int matrix = lane / 8, matrix_row = lane % 8;
-  uint32_t queries[Shape::kKeepQueries ? kSteps : 1][4];
-  const auto load_queries = [&](int step, uint32_t to[4]) {
-    load_matrices(to, query_rows + swizzled<kDim>(warp_row + matrix % 2 * 8 + matrix_row,
-                                                  step * 2 + matrix / 2));
+  uint32_t queries[Shape::kKeepQueries ? kSteps : 1][kRowTiles][4];
+  const auto load_queries = [&](int step, uint32_t to[kRowTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      const int row = warp_row + m * 16 + matrix % 2 * 8 + matrix_row;
+      load_matrices(to[m], query_rows + swizzled<kDim>(row, step * 2 + matrix / 2));
+    }
   };
   if constexpr (Shape::kKeepQueries) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) load_queries(step, queries[step]);
   }
 
-  // ---- This thread's two rows, and what they see.
+  // ---- This thread's rows, two of each 16, and what they see.
   const int row_of_lane = lane / 4, pair = lane % 4;
-  int32_t low[2], high[2];  // keys seen, both ends included
+  int32_t positions[kRowTiles][2];  // -1 if there is no such row
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = warp_row + row_of_lane + 8 * i;
-    const int32_t position = row_valid(r) ? before + row_token(r) : -1;
-    low[i] = first_visible(p, position);
-    high[i] = position;
-    if (kParts) {
-      low[i] = low[i] > first ? low[i] : first;
-      high[i] = high[i] < last ? high[i] : last - 1;
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = warp_row + m * 16 + row_of_lane + 8 * i;
+      positions[m][i] = row_valid(r) ? before + row_token(r) : -1;
     }
   }
   // What any row of the warp sees.
-  const int warp_last_row = warp_row + 15 < rows_here ? warp_row + 15 : rows_here - 1;
+  const int warp_end = warp_row + 16 * kRowTiles;
+  const int warp_last_row = (warp_end < rows_here ? warp_end : rows_here) - 1;
   const int32_t warp_low = first_visible(p, before + row_token(warp_row));
   const int32_t warp_high = warp_row < rows_here ? before + row_token(warp_last_row) : -1;
 
-  float sums[kTilesD][4];
-  float most[2] = {-INFINITY, -INFINITY}, weights[2] = {0.0f, 0.0f};
+  float sums[kRowTiles][kTilesD][4], most[kRowTiles][2], weights[kRowTiles][2];
 #pragma unroll
-  for (int j = 0; j < kTilesD; ++j) {
+  for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[j][i] = 0.0f;
+    for (int i = 0; i < 2; ++i) most[m][i] = -INFINITY, weights[m][i] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTilesD; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][j][i] = 0.0f;
+    }
   }
 
   const int warp_key = kParts ? warp * kWarpKeys : 0;  // within a block
@@ -196,19 +217,22 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
     const unsigned char* keys = ring + (block - block_first) % kStages * 2 * Shape::kSideBytes;
     const unsigned char* values = keys + Shape::kSideBytes;
 
-    // Scores of 16 rows and kWarpKeys keys.
-    float score[kTilesN][4];
+    // Scores of the warp's rows and kWarpKeys keys.
+    float score[kRowTiles][kTilesN][4];
 #pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) score[j][i] = 0.0f;
+      for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][j][i] = 0.0f;
+      }
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t query[4];
+      uint32_t query[kRowTiles][4];
       if constexpr (Shape::kKeepQueries) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) query[i] = queries[step][i];
+        for (int i = 0; i < 4 * kRowTiles; ++i) query[i / 4][i % 4] = queries[step][i / 4][i % 4];
       } else {
         load_queries(step, query);
       }
@@ -217,112 +241,134 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
         uint32_t b[4];
         load_matrices(b, keys + swizzled<kDim>(warp_key + j * 8 + matrix / 2 * 8 + matrix_row,
                                                step * 2 + matrix % 2));
-        multiply<T>(score[j], query, b[0], b[1]);
-        multiply<T>(score[j + 1], query, b[2], b[3]);
-      }
-    }
-
-    // Scale, and hide what the rows don't see.
-    bool hide = (there_low & there_high) != kAllLanes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) hide |= key0 < low[i] || key0 + kWarpKeys - 1 > high[i];
-#pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        score[j][i] *= p.scale;
-        if (hide) {
-          const int at = j * 8 + pair * 2 + (i & 1);
-          const uint32_t bits = at < 32 ? there_low : there_high;
-          const int32_t key = key0 + at;
-          const bool seen = key >= low[i / 2] && key <= high[i / 2] && (bits >> (at & 31) & 1);
-          if (!seen) score[j][i] = -INFINITY;
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply<T>(score[m][j], query[m], b[0], b[1]);
+          multiply<T>(score[m][j + 1], query[m], b[2], b[3]);
         }
       }
     }
 
-    // The running softmax of this thread's two rows, each shared with the three other lanes of four.
+    const bool absent = (there_low & there_high) != kAllLanes;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float greatest = most[i];
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-        greatest = fmaxf(greatest, fmaxf(score[j][2 * i], score[j][2 * i + 1]));
-      }
-      greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, 1));
-      greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, 2));
-      const float base = greatest == -INFINITY ? 0.0f : greatest;
-      const float shrink = exp2_of(most[i] - base);
-      most[i] = greatest;
-      weights[i] *= shrink;
+      for (int i = 0; i < 2; ++i) {
+        // Hide what the row doesn't see.
+        const int32_t position = positions[m][i];
+        const int32_t since = first_visible(p, position);
+        const int32_t low = since > first ? since : first;
+        const int32_t high = position < last ? position : last - 1;
+        if (absent || key0 < low || key0 + kWarpKeys - 1 > high) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-        score[j][2 * i] = exp2_of(score[j][2 * i] - base);
-        score[j][2 * i + 1] = exp2_of(score[j][2 * i + 1] - base);
-        weights[i] += score[j][2 * i] + score[j][2 * i + 1];
-      }
+          for (int j = 0; j < 2 * kTilesN; ++j) {
+            const int at = j / 2 * 8 + pair * 2 + j % 2;
+            const uint32_t bits = at < 32 ? there_low : there_high;
+            const int32_t key = key0 + at;
+            const bool seen = key >= low && key <= high && (bits >> (at & 31) & 1);
+            if (!seen) score[m][j / 2][2 * i + j % 2] = -INFINITY;
+          }
+        }
+        // The running softmax of the row, which three other lanes share. Weights are powers of two
+        // of score * scale - base, in one rounding.
+        float greatest = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kTilesD; ++j) {
-        sums[j][2 * i] *= shrink;
-        sums[j][2 * i + 1] *= shrink;
+        for (int j = 0; j < kTilesN; ++j) {
+          greatest = fmaxf(greatest, fmaxf(score[m][j][2 * i], score[m][j][2 * i + 1]));
+        }
+        greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, 1));
+        greatest = fmaxf(greatest, __shfl_xor_sync(kAllLanes, greatest, 2));
+        greatest = fmaxf(most[m][i], greatest * p.scale);
+        const float base = greatest == -INFINITY ? 0.0f : greatest;
+        const float shrink = exp2_of(most[m][i] - base);
+        most[m][i] = greatest;
+        weights[m][i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < 2 * kTilesN; ++j) {
+          float& x = score[m][j / 2][2 * i + j % 2];
+          x = exp2_of(fmaf(x, p.scale, -base));
+          weights[m][i] += x;
+        }
+#pragma unroll
+        for (int j = 0; j < kTilesD; ++j) {
+          sums[m][j][2 * i] *= shrink;
+          sums[m][j][2 * i + 1] *= shrink;
+        }
       }
     }
 
     // Weights times values: a product's fragment c is the next one's a.
 #pragma unroll
     for (int j = 0; j < kTilesN; j += 2) {
-      const uint32_t a[4] = {
-          pack2<T>(score[j][0], score[j][1]), pack2<T>(score[j][2], score[j][3]),
-          pack2<T>(score[j + 1][0], score[j + 1][1]), pack2<T>(score[j + 1][2], score[j + 1][3])};
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* both = score[m][j + i / 2] + i % 2 * 2;
+          a[m][i] = pack2<T>(both[0], both[1]);
+        }
+      }
 #pragma unroll
       for (int d = 0; d < kTilesD; d += 2) {
         uint32_t b[4];
         load_matrices_transposed(
             b, values + swizzled<kDim>(warp_key + j * 8 + matrix % 2 * 8 + matrix_row,
                                        d + matrix / 2));
-        multiply<T>(sums[d], a, b[0], b[1]);
-        multiply<T>(sums[d + 1], a, b[2], b[3]);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply<T>(sums[m][d], a[m], b[0], b[1]);
+          multiply<T>(sums[m][d + 1], a[m], b[2], b[3]);
+        }
       }
     }
   }
   wait_copies<0>();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    weights[i] += __shfl_xor_sync(kAllLanes, weights[i], 1);
-    weights[i] += __shfl_xor_sync(kAllLanes, weights[i], 2);
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weights[m][i] += __shfl_xor_sync(kAllLanes, weights[m][i], 1);
+      weights[m][i] += __shfl_xor_sync(kAllLanes, weights[m][i], 2);
+    }
   }
 
   // ---- Results.
   if constexpr (!kParts) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int r = warp_row + row_of_lane + 8 * i;
-      if (!row_valid(r)) continue;
-      const float scale = weights[i] > 0.0f ? 1.0f / weights[i] : 0.0f;
-      const int64_t head = int64_t{kv_head} * p.group + row_head(r);
-      const int64_t out = ((int64_t{rows.start} + row_token(r)) * p.heads + head) * p.head_dim;
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < kTilesD; ++j) {
-        const int d = j * 8 + pair * 2;
-        if (d < p.head_dim) {
-          store2(p.out, p.q_type, out + d, sums[j][2 * i] * scale, sums[j][2 * i + 1] * scale);
+      for (int i = 0; i < 2; ++i) {
+        const int r = warp_row + m * 16 + row_of_lane + 8 * i;
+        if (!row_valid(r)) continue;
+        const float scale = weights[m][i] > 0.0f ? 1.0f / weights[m][i] : 0.0f;
+        const int64_t head = int64_t{kv_head} * p.group + row_head(r);
+        const int64_t out = ((int64_t{rows.start} + row_token(r)) * p.heads + head) * p.head_dim;
+#pragma unroll
+        for (int j = 0; j < kTilesD; ++j) {
+          const int d = j * 8 + pair * 2;
+          if (d < p.head_dim) {
+            const float* both = sums[m][j] + 2 * i;
+            store2(p.out, p.q_type, out + d, both[0] * scale, both[1] * scale);
+          }
         }
       }
     }
   } else {
     // The warps' sums, one behind the other, over the ring, which nobody reads any more.
     __syncthreads();
-    auto* all = reinterpret_cast<float*>(ring);              // [4, 16, kDim]
-    auto* scales = all + 4 * 16 * kDim;                      // [4, 16, 2]
-    static_assert(4 * 16 * (kDim + 2) * 4 <= Shape::kRingBytes, "no room for the sums");
+    constexpr int kApart = kDim + 8;  // so that four lanes' rows fall into different banks
+    auto* all = reinterpret_cast<float*>(ring);              // [4, 16, kApart]
+    auto* scales = all + 4 * 16 * kApart;                    // [4, 16, 2]
+    static_assert(4 * 16 * (kApart + 2) * 4 <= Shape::kRingBytes, "no room for the sums");
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int r = warp * 16 + row_of_lane + 8 * i;
-      if (pair == 0) scales[2 * r] = most[i], scales[2 * r + 1] = weights[i];
+      if (pair == 0) scales[2 * r] = most[0][i], scales[2 * r + 1] = weights[0][i];
 #pragma unroll
       for (int j = 0; j < kTilesD; ++j) {
-        all[r * kDim + j * 8 + pair * 2] = sums[j][2 * i];
-        all[r * kDim + j * 8 + pair * 2 + 1] = sums[j][2 * i + 1];
+        store2(all, Type::kF32, r * kApart + j * 8 + pair * 2, sums[0][j][2 * i],
+               sums[0][j][2 * i + 1]);
       }
     }
     __syncthreads();
@@ -338,7 +384,7 @@ __global__ __launch_bounds__(128) void attend_matrix(Attention p) {
       for (int w = 0; w < 4; ++w) {
         const float factor = exp2_of(scales[2 * (w * 16 + r)] - base);
         weight += factor * scales[2 * (w * 16 + r) + 1];
-        sum += factor * all[(w * 16 + r) * kDim + d];
+        sum += factor * all[(w * 16 + r) * kApart + d];
       }
       const int64_t head = int64_t{kv_head} * p.group + heads_from + r;
       if (item.parts == 1) {

@@ -60,10 +60,11 @@ AQUA_HD int32_t units_of(const Attention& p) {
 }
 
 // Rows of a tile of the matrix kernel: tokens times G, flattened, a token's heads together.
-constexpr int kTileRows = 64;
+AQUA_HD constexpr int tile_rows(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 AQUA_HD int32_t tiles_of(const Attention& p, const Rows& rows) {
   if (!on_matrix_units(p)) return rows.count;
-  return static_cast<int32_t>((int64_t{rows.count} * p.group + kTileRows - 1) / kTileRows);
+  const int per_tile = tile_rows(p.head_dim);
+  return static_cast<int32_t>((int64_t{rows.count} * p.group + per_tile - 1) / per_tile);
 }
 
 // Keys of a part, such that decodes that see `keys` keys in all become about kTargetItems items.
@@ -91,7 +92,7 @@ AQUA_HD int32_t most_tiles_of(const Attention& p) {
   const int64_t least = p.deterministic ? 1 : 2;  // rows of a sequence that has tiles
   if (p.tokens < least) return 0;
   const int64_t chunks = p.tokens / least < p.seqs ? p.tokens / least : p.seqs;
-  return static_cast<int32_t>(int64_t{p.tokens} * p.group / kTileRows + chunks);
+  return static_cast<int32_t>(int64_t{p.tokens} * p.group / tile_rows(p.head_dim) + chunks);
 }
 
 AQUA_HD int64_t page_bytes(const Attention& p) {

@@ -236,6 +236,7 @@ std::string check(const Attention& p) {
   if (p.layer < 0 || p.layer >= p.layers) {
     return wrong("layer", p.layer, "0 to " + std::to_string(p.layers - 1));
   }
+  if (page_bytes(p) > INT32_MAX) return wrong("bytes of a page", page_bytes(p), "below 2 GiB");
   if (p.window < 0) return wrong("window", p.window, ">= 1, or 0 for none");
   if (!(p.scale > 0.0f)) return "scale: allowed: > 0";
   if (p.seqs < 1 || p.seqs > kMaxSequences) {

@@ -36,22 +36,21 @@ struct alignas(8) Vec8 {
   uint32_t x, y;
 };
 
-// Makes a device current in this thread, for a scope: others in the thread may have chosen theirs.
+// Makes a device current in this thread, for a scope; afterwards the thread has the context it had,
+// or none: setting the device that it had would make a context there, half a gigabyte on a GPU that
+// is somebody else's. Calls in the scope may allocate or wait though another thread captures a graph.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess) before_ = -1;
-    status_ = cudaSetDevice(device);
-    if (status_ != cudaSuccess) cudaGetLastError();
-  }
-  ~OnDevice() {
-    if (before_ >= 0 && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
-  }
+  explicit OnDevice(int device);
+  ~OnDevice();
   OnDevice(const OnDevice&) = delete;
   cudaError_t status() const { return status_; }
 
  private:
-  int before_ = -1;
+#ifndef AQUA_EMULATE
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  void* before_ = nullptr;
+#endif
   cudaError_t status_;
 };
 

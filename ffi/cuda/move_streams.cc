@@ -7,14 +7,25 @@ namespace aqua {
 namespace cuda {
 namespace {
 
-// From here on the copy engines: below, starting them takes longer than the copy. A guess until it
-// is measured; scripts/gpu_check.py prints both ways' rates by size.
-constexpr int64_t kEngineBytes = 256 << 10;
-constexpr int64_t kFlightBytes = 32 << 20;
+// From how many bytes on a piece goes to the copy engines. Issuing a copy takes the host 2 to 7 us
+// (others' figures): as long as 100 to 400 KB take over PCIe, 0.8 to 2.8 MB over NVLink, and more
+// than 2 MB within a GPU. Guesses until it is measured; scripts/gpu_check.py prints both ways' rates
+// by size.
+constexpr int64_t kHostEngineBytes = 256 << 10, kPeerEngineBytes = 2 << 20;
+// Blocks of a copying kernel, of 16 KiB in flight each: what a link takes with a latency of 1.5 us
+// (100 KB over PCIe, 0.7 MB over NVLink), few enough to leave the step its multiprocessors. Within
+// a GPU the copy takes the memory's time from the step in any case: better a short while of all.
+constexpr int kHostBlocks = 32, kPeerBlocks = 48, kHereBlocks = 256;
+// Most bytes that are issued together. Those of engines are fewer, that both lanes have some.
+constexpr int64_t kFlightBytes = 32 << 20, kEngineFlightBytes = 8 << 20;
 
 int64_t engine_bytes() {
   const char* text = std::getenv("AQUA_COPY_ENGINE_BYTES");
-  return text == nullptr ? kEngineBytes : std::max<int64_t>(0, std::atoll(text));
+  return text == nullptr ? -1 : std::max<int64_t>(0, std::atoll(text));
+}
+
+int blocks_for(Place place) {
+  return place == Place::kHost ? kHostBlocks : place == Place::kPeer ? kPeerBlocks : kHereBlocks;
 }
 
 }  // namespace
@@ -46,25 +57,36 @@ MoveStreams::MoveStreams(int device) : device_(device), engine_bytes_(engine_byt
   cudaSetDevice(device);
   int least = 0, greatest = 0;
   cudaDeviceGetStreamPriorityRange(&least, &greatest);
-  for (cudaStream_t& stream : streams_) {
-    // If this fails the stream is null, and so does every issue.
-    if (cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, least) != cudaSuccess) {
-      stream = nullptr;
+  for (auto& side : streams_) {
+    for (cudaStream_t& stream : side) {
+      // If this fails the stream is null, and so does every issue.
+      if (cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, least) != cudaSuccess) {
+        stream = nullptr;
+      }
     }
   }
 }
 
 MoveStreams::Way MoveStreams::way_of(const Item& item) const {
   if (item.move.flags & kMoveChecksum) return Way::kChecked;
-  return item.move.bytes >= engine_bytes_ ? Way::kEngine : Way::kKernel;
+  int64_t least = engine_bytes_;
+  if (least < 0) {
+    if (item.place == Place::kHere) return Way::kKernel;
+    least = item.place == Place::kHost ? kHostEngineBytes : kPeerEngineBytes;
+  }
+  return item.move.bytes >= least ? Way::kEngine : Way::kKernel;
 }
 
 bool MoveStreams::fits(const std::vector<Item>& group, const Item& item) const {
   if (group.empty()) return true;
-  if (group.size() >= kPieces || way_of(group.front()) != way_of(item)) return false;
+  const Way way = way_of(item);
+  if (group.size() >= kPieces || way_of(group.front()) != way ||
+      group.front().place != item.place) {
+    return false;
+  }
   int64_t bytes = int64_t{item.move.bytes} * item.move.runs;
   for (const Item& other : group) bytes += int64_t{other.move.bytes} * other.move.runs;
-  return bytes <= kFlightBytes;
+  return bytes <= (way == Way::kEngine ? kEngineFlightBytes : kFlightBytes);
 }
 
 cudaError_t MoveStreams::copy_by_engine(const Item& item, cudaStream_t stream) const {
@@ -95,14 +117,15 @@ cudaError_t MoveStreams::take_spare(Flight* flight) {
 
 bool MoveStreams::issue(int side, const std::vector<Item>& group) {
   cudaSetDevice(device_);
-  cudaStream_t stream = streams_[side];
+  const Way way = way_of(group.front());
+  if (way == Way::kEngine) lane_[side] = (lane_[side] + 1) % kLanes;
+  cudaStream_t stream = streams_[side][way == Way::kEngine ? lane_[side] : 0];
   Flight flight;
   if (stream == nullptr || take_spare(&flight) != cudaSuccess) return false;
   flight.items = group;
   flight.started = std::chrono::steady_clock::now();
   flight.landed = std::chrono::steady_clock::time_point::min();
   flight.failed = false;
-  const Way way = way_of(group.front());
   cudaError_t error = cudaSuccess;
   if (way == Way::kEngine) {
     for (const Item& item : group) {
@@ -117,7 +140,7 @@ bool MoveStreams::issue(int side, const std::vector<Item>& group) {
                           move.runs, move.runs > 1 ? move.stride : 0, 0};
     }
     if (way == Way::kKernel) {
-      error = copy_pieces(pieces, stream);
+      error = copy_pieces(pieces, blocks_for(group.front().place), stream);
     } else {
       void* sums = nullptr;
       error = cudaHostGetDevicePointer(&sums, flight.sums, 0);
@@ -146,11 +169,10 @@ bool MoveStreams::landed(Flight& flight) {
 
 void MoveStreams::wait() {
   cudaSetDevice(device_);
-  for (cudaStream_t stream : streams_) {
-    const cudaError_t status = stream == nullptr ? cudaSuccess : cudaStreamSynchronize(stream);
-    if (status == cudaSuccess) continue;
-    for (auto& side : flying) {
-      for (Flight& flight : side) flight.failed = true;
+  for (int side = 0; side < 2; ++side) {
+    for (cudaStream_t stream : streams_[side]) {
+      if (stream == nullptr || cudaStreamSynchronize(stream) == cudaSuccess) continue;
+      for (Flight& flight : flying[side]) flight.failed = true;
     }
   }
 }
@@ -160,10 +182,12 @@ void MoveStreams::reuse(Flight&& flight) {
   spares_.push_back(std::move(flight));
 }
 
-cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned) {
+cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned,
+                  int* home) {
   const OnDevice on(device >= 0 ? device : 0);
   if (on.status() != cudaSuccess) return on.status();
   *pinned = nullptr;
+  *home = kHostMemory;
   cudaPointerAttributes attributes{};
   cudaError_t error = cudaPointerGetAttributes(&attributes, base);
   if (error != cudaSuccess) {
@@ -171,6 +195,7 @@ cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void**
     return error;
   }
   if (attributes.type != cudaMemoryTypeUnregistered) {
+    if (attributes.type == cudaMemoryTypeDevice) *home = attributes.device;
     if (attributes.type == cudaMemoryTypeDevice && device >= 0 && attributes.device != device) {
       // Memory mapped by our own arenas is reachable already; this is for cudaMalloc's.
       const cudaError_t peer = cudaDeviceEnablePeerAccess(attributes.device, 0);
@@ -200,7 +225,8 @@ void unpin(int device, void* pinned) {
   if (cudaHostUnregister(pinned) != cudaSuccess) cudaGetLastError();
 }
 
-void relax_capture() {
+void relax_capture(int device) {
+  cudaSetDevice(device);
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   cudaThreadExchangeStreamCaptureMode(&mode);
 }

@@ -34,10 +34,15 @@ struct Batch {
   int64_t next = 0;  // moves before this one have been taken up
 };
 
+// Where the other end of a copy lies, seen from the device that has the pool.
+enum class Place { kHere, kPeer, kHost };
+constexpr int kHostMemory = -1;  // instead of a device
+
 // A checked move.
 struct Item {
   Move move;
   MoveUses uses;
+  Place place;
   const char* from;  // of the page's first byte
   char* to;
   std::chrono::steady_clock::time_point not_before;
@@ -68,7 +73,7 @@ class MoveStreams {
   bool room(int side) const { return flying[side].size() < 4; }
   // Whether `item` can go with `group`: how it is copied, how many, how much.
   bool fits(const std::vector<Item>& group, const Item& item) const;
-  // Puts the copies onto the side's stream and remembers the flight; false if that failed, with
+  // Puts the copies onto a stream of the side and remembers the flight; false if that failed, with
   // nothing of it under way any more.
   bool issue(int side, const std::vector<Item>& group);
   // Whether its copies have ended; sets `failed` if the device says so.
@@ -83,19 +88,25 @@ class MoveStreams {
   cudaError_t copy_by_engine(const Item& item, cudaStream_t stream) const;
   cudaError_t take_spare(Flight* flight);
 
+  static constexpr int kLanes = 2;
+
   const int device_;
-  const int64_t engine_bytes_;
-  cudaStream_t streams_[2] = {nullptr, nullptr};
+  const int64_t engine_bytes_;  // for any place; negative: by place
+  // A copy engine begins its next copy a moment after it has ended one: with two streams a side, in
+  // turns, another one runs meanwhile. Kernels all go to the first.
+  cudaStream_t streams_[2][kLanes] = {};
+  int lane_[2] = {0, 0};  // of a side's last group for engines
   std::vector<Flight> spares_;
 };
 
 // Makes memory reachable for copies of `device`: pinned host, device or peer memory is taken as it
-// is, other host memory is pinned (`pinned` then says what to unpin). `address` is the device's.
-cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned);
+// is, other host memory is pinned (`pinned` then says what to unpin). `address` is the device's,
+// `home` the device that has the memory, or kHostMemory.
+cudaError_t reach(int device, void* base, uint64_t bytes, void** address, void** pinned, int* home);
 void unpin(int device, void* pinned);
 
-// Lets this thread use the runtime while others capture graphs.
-void relax_capture();
+// Lets this thread use the runtime while others capture graphs; `device` is one that has a context.
+void relax_capture(int device);
 
 }  // namespace cuda
 }  // namespace aqua

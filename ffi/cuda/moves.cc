@@ -36,8 +36,16 @@ HandleTable& pools = move_state.pools;
 MoveResults& results = move_state.results;
 std::atomic<int> default_device{-1};
 
-// Host memory that a segment had pinned, by id: unpinned when it is retired.
+// By a segment's id: host memory that it had pinned, which is unpinned when it is retired, and the
+// device that has it.
 void* pinned_by_us[kHandles];
+int homes[kHandles];
+
+cuda::Place place_of(const MoveUses& uses, int device) {
+  const int page = uses.space < 0 ? device : homes[uses.space], other = homes[uses.segment];
+  if (page == cuda::kHostMemory || other == cuda::kHostMemory) return cuda::Place::kHost;
+  return page == device && other == device ? cuda::Place::kHere : cuda::Place::kPeer;
+}
 
 Clock::time_point hold_until(uint64_t ticket, uint64_t salt) {
   const uint32_t most = move_state.delay_max_us.load(std::memory_order_relaxed);
@@ -97,13 +105,17 @@ class Queue {
 
  private:
   void work() {
-    cuda::relax_capture();  // other threads may be capturing graphs meanwhile
+    bool relaxed = false;
     std::unique_lock<std::mutex> lock(inbox_lock_);
     while (!stopped_) {
       const uint64_t wanted = looks_wanted_;
       for (auto& batch : inbox_) arriving_.push_back(std::move(batch));
       inbox_.clear();
       lock.unlock();
+      if (!relaxed && !arriving_.empty()) {
+        cuda::relax_capture(arriving_.front()->device);
+        relaxed = true;
+      }
       std::vector<std::unique_ptr<Batch>> done;
       const bool all = admit(&done);
       bool under_way = !arriving_.empty();
@@ -189,8 +201,8 @@ class Queue {
       }
       char* slot = segments.base(move.segment) + move.offset;
       const bool in = move.flags & kMoveIn;
-      Item item{move, uses, in ? slot : page, in ? page : slot,
-                hold_until(move.ticket, 0)};
+      Item item{move,           uses, place_of(uses, batch->device), in ? slot : page,
+                in ? page : slot, hold_until(move.ticket, 0)};
       streams(batch->device)->waiting[in].push_back(item);
     }
     return true;
@@ -310,7 +322,8 @@ Queue* queue() {
 
 Handle open_segment(void* base, uint64_t bytes) {
   void *address = nullptr, *pinned = nullptr;
-  if (cuda::reach(default_device.load(), base, bytes, &address, &pinned) != cudaSuccess) {
+  int home = cuda::kHostMemory;
+  if (cuda::reach(default_device.load(), base, bytes, &address, &pinned, &home) != cudaSuccess) {
     return {-2, 0};
   }
   const Handle handle = segments.open(static_cast<char*>(address), bytes);
@@ -318,6 +331,7 @@ Handle open_segment(void* base, uint64_t bytes) {
     cuda::unpin(default_device.load(), pinned);
   } else {
     pinned_by_us[handle.id] = pinned;
+    homes[handle.id] = home;
   }
   return handle;
 }

@@ -7,8 +7,9 @@
 // copy begins when the stream has reached the step's head, which is when everything before the step
 // has been written, and the step never waits for one.
 //
-// Copies of `engine_bytes` and more go to the copy engines, smaller ones, scattered ones and those
-// with a checksum to kernels with 16-byte accesses, through mappings of pinned or peer memory.
+// Large copies go to the copy engines, smaller ones, scattered ones, those with a checksum and those
+// that stay on the GPU to kernels with 16-byte accesses, through mappings of pinned or peer memory
+// (move_streams.h, Place).
 // Statuses come from the host, which looks at events.
 #pragma once
 
@@ -34,8 +35,8 @@ struct Pieces {
   int32_t count;
 };
 
-// Copies; all addresses are the device's.
-cudaError_t copy_pieces(const Pieces& pieces, cudaStream_t stream);
+// Copies, with at most so many blocks; all addresses are the device's.
+cudaError_t copy_pieces(const Pieces& pieces, int blocks, cudaStream_t stream);
 // The same, and writes each piece's checksum (../cpu/moves_copy.h) to sums[i]; with `to` null, only
 // that.
 cudaError_t copy_checked(const Pieces& pieces, uint64_t* sums, cudaStream_t stream);

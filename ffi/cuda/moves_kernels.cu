@@ -12,9 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 // What a block copies at a time: four 16-byte loads of each thread in flight.
 constexpr int64_t kChunk = kThreads * 16 * 4;
-// Blocks of a launch: enough loads in flight for PCIe and NVLink, few enough to leave the step its
-// multiprocessors.
-constexpr int kBlocks = 32;
 
 __device__ bool aligned(const Piece& piece) {
   return ((reinterpret_cast<uintptr_t>(piece.from) | reinterpret_cast<uintptr_t>(piece.to) |
@@ -152,13 +149,12 @@ __global__ __launch_bounds__(kThreads) void hand_over_kernel(const int32_t* head
 
 }  // namespace
 
-cudaError_t copy_pieces(const Pieces& pieces, cudaStream_t stream) {
+cudaError_t copy_pieces(const Pieces& pieces, int blocks, cudaStream_t stream) {
   int64_t chunks = 0;
   for (int i = 0; i < pieces.count; ++i) {
     chunks += (pieces.pieces[i].bytes + kChunk - 1) / kChunk * pieces.pieces[i].runs;
   }
-  return launch(copy_pieces_kernel, chunks < kBlocks ? chunks : kBlocks, kThreads, 0, stream,
-                pieces);
+  return launch(copy_pieces_kernel, chunks < blocks ? chunks : blocks, kThreads, 0, stream, pieces);
 }
 
 cudaError_t copy_checked(const Pieces& pieces, uint64_t* sums, cudaStream_t stream) {

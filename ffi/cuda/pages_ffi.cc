@@ -42,6 +42,7 @@ ffi::Error copy(cudaStream_t stream, ffi::AnyBuffer kv, I32 src, I32 dst, I32 co
 #ifdef AQUA_EMULATE
 ffi::Error on_host(ffi::AnyBuffer kv, I32 src, I32 dst, I32 count, aqua::SpacesOperand spaces,
                    ffi::Result<ffi::AnyBuffer> kv_out) {
+  const emulation::Capturing as_on_a_device;
   return copy(nullptr, kv, src, dst, count, spaces, kv_out);
 }
 #endif

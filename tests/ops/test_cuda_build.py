@@ -135,6 +135,16 @@ def test_every_kernel_is_loaded_before_it_is_captured():
     assert b"CUDA" in native.aqua_kernels_preload(0)
 
 
+def test_only_the_copy_worker_keeps_a_device():
+    """Whoever else sets one gives its thread back the context it had (OnDevice): restoring a device
+    by its number would make a context on a GPU that is somebody else's."""
+    calls = {
+        path.name: path.read_text().count("cudaSetDevice(")
+        for path in (ROOT / "ffi" / "cuda").iterdir() if "cudaSetDevice(" in path.read_text()
+    }
+    assert set(calls) == {"device.cc", "move_streams.cc"} and calls["device.cc"] == 2, calls
+
+
 def cuobjdump(*arguments: str) -> str:
     """What it prints about the library; from pip or a toolkit, with nvdisasm beside it."""
     folders = [*glob.glob(f"{sysconfig.get_path('purelib')}/nvidia/cu*/bin"), os.environ["PATH"]]

@@ -18,6 +18,8 @@ CASES = [
     ("ops/cuda_cases.py", "", 65), ("ops/test_moves.py", MOVES, 17),
     ("ops/test_spaces.py", "not user_of_its_spaces", 13),
 ]
+# Memory of moves passes for the host's, the GPU's or a peer's: each is copied in a way of its own.
+MIXED = {"AQUA_EMULATE_MEMORY": "mixed"}
 if scaled(1) > 1:
     # The engine on these handlers, pages swapped out and in: same answers. A minute or two.
     CASES.append(("engine/test_paging.py", "test_swapping or test_two_tiers", 4))
@@ -26,7 +28,7 @@ if scaled(1) > 1:
 @pytest.mark.parametrize(("path", "chosen", "least"), CASES)
 def test_emulated(path, chosen, least):
     """In a process of its own: the handlers bear the names of the CPU's."""
-    run(path, chosen, least, {})
+    run(path, chosen, least, MIXED)
 
 
 if scaled(1) > 1:
@@ -40,7 +42,7 @@ if scaled(1) > 1:
         run(path, chosen, least, {
             "AQUA_EMULATED_SANITIZE": "1", "LD_PRELOAD": emulated_cuda.preloads(),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-            "AQUA_TEST_SCALE": "1",
+            "AQUA_TEST_SCALE": "1", **MIXED,
         })
 
 

@@ -3,7 +3,8 @@
 // run one after another. The order of threads within a block is drawn at random (seed in
 // AQUA_EMULATE_SEED), so that a missing barrier has a chance to show.
 //
-// Also a CUDA runtime of one device whose memory is the host's: what ffi/cuda calls of it.
+// Also a CUDA runtime of one device whose memory is the host's: what ffi/cuda calls of it. With
+// AQUA_EMULATE_MEMORY=mixed some memory, by its address, passes for this device's or for a peer's.
 #pragma once
 
 #include <cmath>
@@ -157,4 +158,12 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 namespace emulation {
 // Does `what` at once on no stream, later on a stream.
 void enqueue(cudaStream_t stream, std::function<void()> what);
+
+// While there is one, this thread captures a graph: kernels may be launched, and any call of the
+// runtime that may allocate, wait or ask ends the process. For handlers that say they may be captured.
+class Capturing {
+ public:
+  Capturing();
+  ~Capturing();
+};
 }  // namespace emulation
