@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
 
@@ -137,6 +138,12 @@ int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
   out[0] = can;
   Device ours, theirs;
   if (!nvml().usable || !device_of(device, &ours) || !device_of(peer, &theirs)) return 1;
+  // Some drivers say version 5.0 of a H100's links, which are 4.0.
+  int major = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    cudaGetLastError();
+  }
+  const int64_t fastest = major < 10 ? 25000 : 50000;
   int status = -1;
   if (nvml().p2p_status(ours, theirs, kP2pNvlink, &status) == kNvmlSuccess && status == kP2pOk) {
     for (unsigned link = 0; link < kMostLinks; ++link) {
@@ -145,7 +152,9 @@ int32_t aqua_arena_topology(int32_t device, int32_t peer, int64_t out[3]) {
       if (nvml().link_state(ours, link, &active) != kNvmlSuccess || !active) continue;
       if (!leads_to(ours, link, theirs)) continue;
       ++out[1];
-      if (nvml().link_version(ours, link, &version) == kNvmlSuccess) out[2] += aqua_nvlink_speed(version);
+      if (nvml().link_version(ours, link, &version) == kNvmlSuccess) {
+        out[2] += std::min(aqua_nvlink_speed(version), fastest);
+      }
     }
   }
   unsigned generation = 0, width = 0;
