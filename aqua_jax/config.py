@@ -138,11 +138,6 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     @property
-    def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p cut the distribution."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-
-    @property
     def penalised(self) -> bool:
         """Whether past tokens change the logits."""
         return bool(

@@ -80,8 +80,9 @@ def run(flags: FlagSet) -> int:
         finally:
             journal.close()
     _log.info(
-        "%d answered, %d errors, %d already there (%d of them errors); %d tokens, %.0f tokens/s",
-        result.answered, result.errors, result.skipped, result.errors_before,
+        "%d answered, %d errors, %d already there%s; %d tokens, %.0f tokens/s", result.answered,
+        result.errors, result.skipped,
+        f" ({result.errors_before} of them errors)" if result.errors_before else "",
         result.output_tokens, progress.tokens_per_second,
     )
     if result.interrupted:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
 import resource
 import signal
-import sys
 from typing import Any
 
 from aqua_jax.cli.flagset import FlagSet, UsageError
+from aqua_jax.cli.telling import tell
 from aqua_jax.errors import ConfigError, DependencyError
 
 
@@ -45,14 +45,7 @@ def define(flags: FlagSet) -> None:
         )
 
 
-def _report(line: str) -> None:
-    try:
-        print(f"aqua-jax coordinator: {line}", file=sys.stderr, flush=True)
-    except OSError:
-        # Nobody reads it any more, but clients still need us.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stderr.fileno())
-        os.close(nowhere)
+_report = functools.partial(tell, "coordinator")
 
 
 def run(flags: FlagSet) -> int:

@@ -174,7 +174,7 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "temporaries together; the rest is left to arenas and others. (default: 0.9)",
             0.05, 0.98,
         )
-        choice("attention", "Attention kernel; reference is plain jnp and runs anywhere.")
+        choice("attention", "Attention kernel; reference is plain jnp: it runs anywhere, slowly.")
         choice("matmul", "Matrix multiplication.")
         choice("warmup", "What to compile before starting.")
         flags.string(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from aqua_jax.cli.flagset import FlagSet, UsageError
 from aqua_jax.cli.parsers import format_size
 from aqua_jax.cli.signals import StopSignal, stop_signals
+from aqua_jax.cli.telling import tell
 from aqua_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,14 +65,7 @@ def define(flags: FlagSet) -> None:
         )
 
 
-def _report(line: str) -> None:
-    try:
-        print(f"aqua-jax lend: {line}", file=sys.stderr, flush=True)
-    except OSError:
-        # Nobody reads it any more, but borrowers still need us.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stderr.fileno())
-        os.close(nowhere)
+_report = functools.partial(tell, "lend")
 
 
 def _host_arena(flags: FlagSet) -> Arena:
