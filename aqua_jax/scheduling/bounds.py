@@ -26,7 +26,8 @@ the longest, and the head needs no more). The prompts of all turns need at most
 `turns * ceil(longest / prefill_tokens)` steps, for what decodes leave of a step goes to prompts. In
 a step without a prompt every running sequence decodes, so slices end at a rate of
 `concurrent / slice_steps`, and each change of places takes some steps more until the tokens in
-flight have arrived:
+flight have arrived. (A plan that changes no more places, for `max_switches` have, has begun a turn,
+so its step is among those of prompts.)
 
     steps = turns * ceil(longest / prefill_tokens) + (turns / concurrent + 1) * (slice + latency)
 

@@ -118,6 +118,13 @@ class Room:
                 break
         return going[:count]
 
+    @property
+    def switches(self) -> int:
+        """Sequences that may give way in a plan to who comes back; all can within a slice."""
+        config, slice_steps = self._config, self._policy.growth_steps
+        ending = -(-config.max_num_seqs // int(slice_steps)) if slice_steps else 0
+        return max(config.max_switches, ending)
+
     def headroom(self, sequence: Sequence, growth: int) -> int:
         """Pages an admission must leave: `growth`; for newcomers none while stores have room."""
         return 0 if self.bold and sequence.preemptions == 0 else growth

@@ -88,11 +88,8 @@ class Scheduler:
           residency: stores below the same pool; None: whoever gives way is recomputed.
           costs: what was measured so far; None: nothing was.
         """
-        self.config = config
-        self.policy = policy
-        self.pool = pool
-        self.prefix = prefix
-        self.residency = residency
+        self.config, self.policy, self.pool = config, policy, pool
+        self.prefix, self.residency = prefix, residency
         self.costs = costs or Costs(pool.page_tokens)
         self.holdings = Holdings(pool, prefix, residency)
         self.slots = Slots(config.max_num_seqs)
@@ -236,7 +233,10 @@ class Scheduler:
     def _take_turns(self, draft: Draft, now: float) -> None:
         unfinished = -1  # prompt tokens that admitted sequences wait to compute; -1: not counted
         growth = 0  # pages the running ones may claim soon
+        most = self.counters.switches + self.room.switches
         while (head := self._queue.head(now)) is not None and head not in draft.preempted:
+            if self.counters.switches >= most and head.preemptions:
+                return  # its turn comes in the next plan
             owed = iter(self.policy.yielding(head, self._running))
             first = next(owed, None)
             if first is None:

@@ -40,6 +40,7 @@ class Machine:
     page_price: float = 1e-3  # of moving one, in decode tokens
     write_behind: int = 64
     max_moves: int = 256
+    max_switches: int = 8
     growth_tokens: int = 0
     prefix: bool = False
     farthest: bool = True
@@ -73,7 +74,7 @@ class History:
             SchedulerConfig(
                 machine.max_num_seqs, machine.max_step_tokens, 4000,
                 growth_tokens=machine.growth_tokens, max_moves=machine.max_moves,
-                write_behind_pages=machine.write_behind,
+                write_behind_pages=machine.write_behind, max_switches=machine.max_switches,
             ),
             policy, self.pool, PrefixCache(self.pool) if machine.prefix else None,
             self.residency, Costs(PAGE_TOKENS, CostConfig(moved_page=machine.page_price)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,3 +89,21 @@ def test_no_more_go_than_must_for_the_one_who_comes_and_the_growth_of_those_who_
     # All there is and a page each: who goes leaves two, and needs none to grow.
     for wish, going in ((growth, 1), (growth + 1, 2), (growth + 4, 0)):
         assert room.victims(head, found, demand, running, (wish,)) == running[:going]
+
+
+@pytest.mark.parametrize("slice_steps, most", [(16, 8), (2, 16)])
+def test_those_who_come_back_change_places_a_few_at_a_time(slice_steps: int, most: int) -> None:
+    history = History(
+        Machine(num_pages=32 * 12, max_num_seqs=32, max_step_tokens=400, host_slots=2000),
+        Fair(FairConfig(SliceConfig(slice_steps))),
+    )
+    for _ in range(64):
+        history.add(8, 60)
+    counters, switches = history.scheduler.counters, []
+    while history.live:
+        before, new = counters.switches, len(history.scheduler._new)
+        history.step()
+        if not new:
+            switches.append(counters.switches - before)
+    assert max(switches) == most
+    history.close()

@@ -36,6 +36,7 @@ def random_history(seed: int) -> History:
         slowest=rng.random() < 0.5, page_price=choose([1e-3, 1e-3, 1e-3, 0.5]),
         write_behind=choose([0, 2, 64]), growth_tokens=choose([0, 4, 48]),
         prefix=rng.random() < 0.5, farthest=rng.random() < 0.8, seed=seed,
+        max_switches=(8, 8, 1)[seed % 3],
     )
     policy = Fair(FairConfig(SliceConfig(
         choose([1, 2, 3, 8] if sharp else [1, 2, 3, 8, 20, "auto"]), min_slice_steps=4,
