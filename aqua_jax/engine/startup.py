@@ -284,14 +284,29 @@ def enable_compile_cache(directory: str | None) -> None:
     """Keep compiled programs on disk between runs.
 
     Args:
-      directory: where; None: the user's cache directory; "": nowhere.
+      directory: where; None: the user's cache directory, if it can be written; "": nowhere.
+
+    Raises:
+      ConfigError: the directory can't be made.
     """
     if directory == "":
         return
-    if directory is None:
+    path = directory
+    if path is None:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        directory = os.path.join(root, "aqua_jax", "programs")
-    jax.config.update("jax_compilation_cache_dir", directory)
+        path = os.path.join(root, "aqua_jax", "programs")
+    try:
+        if "://" not in path:  # jax takes storage elsewhere as well
+            os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if directory is not None:
+            raise ConfigError(
+                "compile_cache_dir", directory, f"a directory that can be made, or empty ({reason})"
+            ) from None
+        logging.info("compiled programs are not kept: %s: %s", path, reason)
+        return
+    jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import pathlib
 from typing import Any
 
+import jax
 import pytest
 
 from aqua_jax.config import EngineConfig
@@ -60,3 +62,15 @@ def test_weights_of_users_are_for_fair(policy: Any) -> None:
 def test_configurations_with_weights_compare_and_hash() -> None:
     first, second = (EngineConfig(model="m", user_weights={"a": weight}) for weight in (1, 2))
     assert first != second and len({first, second}) == 2
+
+
+def test_a_cache_of_programs_that_cannot_be_made(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    with pytest.raises(ConfigError, match=r"compile_cache_dir: got .*Not a directory"):
+        startup.enable_compile_cache(str(tmp_path / "file" / "programs"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nobody asked for that one
+    startup.enable_compile_cache(None)
+    assert jax.config.jax_compilation_cache_dir == before
