@@ -286,8 +286,9 @@ class Engine:
 
     @property
     def _waited_s(self) -> float:
-        """Seconds in which the host had nothing to do."""
-        return self.metrics.wait_s + (0.0 if self._pager is None else self._pager.wait_s)
+        """Seconds in which the host had nothing to do, for the device or for pages."""
+        pager = self._pager
+        return self.metrics.wait_s + (0.0 if pager is None else pager.wait_s + pager.linger_s)
 
     def _salt(self, prompt_len: int) -> bytes:
         # With dynamic NTK scaling a prompt past the trained context rotates all its keys by its

@@ -134,8 +134,6 @@ def machine_of(
     paging = stats.get("paging") or {}
     busy, moved = paging.get("copy_busy_s", 0.0), paging.get("bytes_out", 0)
     moved += paging.get("bytes_in", 0)
-    # The host's time counts its waiting for copies, which the simulator does by itself.
-    host_s = stats["host_s"] - paging.get("linger_s", 0.0) - paging.get("wait_s", 0.0)
     links = [
         {"store": store, "store_bytes": capacity * size, "bytes_per_s": moved / busy,
          "copy_s": 0.0, "duplex": False}
@@ -148,7 +146,7 @@ def machine_of(
         "engine": {
             "page_tokens": limits["page_tokens"], "page_bytes": engine.page_bytes,
             "num_pages": limits["num_pages"],
-            "host_s": max(0.0, host_s) / max(1, stats["steps"]),
+            "host_s": stats["host_s"] / max(1, stats["steps"]),
             "max_num_seqs": limits["config"]["max_num_seqs"],
             "max_step_tokens": limits["config"]["max_step_tokens"],
         },

@@ -100,6 +100,25 @@ def test_two_tiers_with_checksums_under_slow_copies(folder, expected):
     assert stats["paging"]["tokens_in"] > 0 and stats["paging"]["moves_failed"] == {}
 
 
+def test_waiting_for_pages_is_not_the_hosts_work(folder, monkeypatch):
+    with tight(folder, policy="fair", host_kv_memory=40 * PAGE_BYTES) as engine:
+        pager = engine._pager
+
+        def linger(limit_s: float) -> None:
+            time.sleep(0.002)
+            pager.linger_s += 0.002
+
+        monkeypatch.setattr(pager, "linger", linger)
+        started = time.perf_counter()
+        run_all(engine, work(4, 50))
+        passed = time.perf_counter() - started
+        stats = engine.stats()
+    lingered = stats["paging"]["linger_s"]
+    waited = stats["wait_s"] + stats["paging"]["wait_s"]
+    assert lingered > 0.05
+    assert stats["host_s"] + lingered + waited <= passed  # nothing counts twice
+
+
 def steps(engine: Engine, until, limit_s: float = 60.0) -> dict:
     """Steps until `until()`; the last output of each request that changed."""
     last, end = {}, time.monotonic() + limit_s
