@@ -52,6 +52,8 @@ class SlotMemory:
         self._layout = [
             (self._segments[home], parts[home].slot_bytes, place * each) for home, place in homes
         ]
+        _, stride, place = self._layout[0]
+        self._alone = devices == 1 and (stride, place) == (self._slot_bytes, 0)
 
     @property
     def live(self) -> bool:
@@ -70,6 +72,9 @@ class SlotMemory:
     def places(self, offsets: Sequence[int]) -> Iterator[tuple[Segment, list[int]]]:
         """For each device: its segment, and where in it are its parts of the slots that start at
         `offsets` of the store."""
+        if self._alone:
+            yield self._segments[0], list(offsets)
+            return
         slots = [offset // self._slot_bytes for offset in offsets]
         for segment, stride, place in self._layout:
             yield segment, [slot * stride + place for slot in slots]

@@ -207,12 +207,13 @@ class Pager:
         """The moves of a group that can be made, and where their slots are."""
         good: list[Move] = []
         offsets: list[int] = []
+        if tier is None or not tier.segment.live:  # let go, or about to be
+            self._refused += [(move, Status.SEGMENT_STALE.name) for move in group]
+            return good, offsets
+        offset = tier.store.offset
         for move in group:
             try:
-                if tier is None:
-                    raise StaleHandleError("the store has been let go")
-                tier.segment.check()
-                offsets.append(tier.store.offset(move.slot))  # type: ignore[arg-type]
+                offsets.append(offset(move.slot))  # type: ignore[arg-type]
             except StaleHandleError:
                 self._refused.append((move, Status.SEGMENT_STALE.name))
             else:

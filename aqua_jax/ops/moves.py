@@ -45,6 +45,7 @@ import enum
 import struct
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -113,8 +114,7 @@ class Part:
         return self.begin + (self.runs - 1) * self.stride + self.bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class MoveCounters:
+class MoveCounters(NamedTuple):
     """Sums over the life of the process."""
 
     handed_over: int  # moves
@@ -260,7 +260,7 @@ class MoveBatch:
         segment.check()
         self._pool.check()
         part = part or Part(0, self._pool.page_bytes)
-        at, ids = np.asarray(offsets).tolist(), np.asarray(pages).tolist()
+        at, ids = _numbers(offsets), _numbers(pages)
         count = len(ids)
         if count == 0:
             return np.zeros(0, np.uint64)
@@ -297,6 +297,10 @@ class MoveBatch:
         """i32[3]: count, and the pool's id and generation."""
         pool = self._pool
         return np.array([self.count, pool.id, pool.generation], np.uint32).view(np.int32)
+
+
+def _numbers(values: Sequence[int] | np.ndarray) -> list[int]:
+    return values if isinstance(values, list) else np.asarray(values).tolist()
 
 
 def enqueue_moves(
