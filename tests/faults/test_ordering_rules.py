@@ -4,7 +4,19 @@ Copies are real, and held up so that they end long after the steps they ride on.
 kept every answer is exact. With one of them taken away some answer must be wrong, or the process
 die: else nothing would notice if the engine forgot it. Rules 1 to 4 are taken away one by one in
 `tests.faults.ordering_rules`; rule 5 below it, where memory goes too early; and the check behind
-it, of generations, where heads run too late.
+it, of generations, where heads run too late. That an engine's extent is lent only when no
+dispatched step names it (rule 3) is `tests/engine/test_lending.py`'s.
+
+The rules were also taken away by hand, in the sources, and this noticed:
+
+- pins of outward moves (`Residency._ask`, `_finish`): "none" here, in the first schedule
+- references of inward moves (the same two): "none", in the first
+- `Residency.arriving` is always false: "none", in the first
+- slots are freed while moves name them (`_finish`, `_disown`): "none", in the first
+- what this step computes is written behind (`Holdings.write_behind`): "none", in the second
+- `HandleTable.close` doesn't wait: `tests/ops/test_moves.py`, retiring with copies in flight
+- `HandleTable.acquire` takes any generation: the tests of late heads
+- `EngineLender` waits for no step: `tests/engine/test_lending.py`, an extent is handed over when...
 """
 
 from __future__ import annotations
