@@ -228,6 +228,30 @@ def test_sums_are_compared_part_by_part():
     assert [(move.start, move.count, move.checksum) for move in back] == [
         (0, 4, 100), (0, 2, 101), (2, 1, 100),
     ]
+    for move in (back[1], back[0]):
+        world.residency.finished(move, True)
+        assert world.residency.arriving("a")  # a page is there when all its parts are
+    world.residency.finished(back[2], True)
+    assert not world.residency.arriving("a") and world.residency.take_failed() == []
+    assert world.residency.outstanding == 0
+    world.store.close()
+
+
+def test_a_page_of_which_a_part_fails_has_not_arrived():
+    world = World(verify=True)
+    world.run("a", 6)
+    world.end(world.leave("a", 6))
+    world.empty_pool()
+    world.end(world.come_back("a", 7))
+    world.end(world.leave("a", 7))
+    world.empty_pool()
+    whole, first, second = world.come_back("a", 7)
+    world.residency.finished(first, False)
+    assert world.residency.arriving("a") and world.residency.take_failed() == []
+    world.residency.finished(second, True)
+    world.residency.finished(whole, True)
+    assert not world.residency.arriving("a") and world.residency.take_failed() == ["a"]
+    assert world.residency.sound_tokens("a") == 4
     world.store.close()
 
 
