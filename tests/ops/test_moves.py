@@ -250,31 +250,6 @@ def test_agrees_with_the_reference_on_anything():
     assert {Status.DONE, Status.OUT_OF_BOUNDS, Status.SEGMENT_STALE, Status.MISMATCH} <= seen
 
 
-@pytest.mark.parametrize(("pages", "places"), [
-    ([4, 5, 6, 7, 8], [6, 1, 2, 0, 4]), ([9, 2, 3, 0, 7], [3, 4, 5, 6, 7]),
-    ([4, 5, 6, 8, 9], [0, 1, 2, 3, 4]), ([7, 6, 5, 4, 3], [4, 3, 2, 1, 0]),
-], ids=["pages", "places", "both", "backwards"])
-def test_neighbours_at_one_end_only_are_no_neighbours(pages, places):
-    """What is copied as one has to follow at both ends."""
-    kv = full_pool(14)
-    before = as_bytes(kv)
-    memory = np.zeros(8 * PAGE, np.uint8)
-    with Segment(memory) as segment, MovePool.of(kv) as pool:
-        out = MoveBatch(5, pool)
-        out.copy_out(pages, segment, np.multiply(places, PAGE))
-        kv = only_moves(kv, out)
-        assert moves.drain(30)
-        wanted = np.zeros_like(memory).reshape(8, PAGE)
-        wanted[places] = before[pages]
-        np.testing.assert_array_equal(memory.reshape(8, PAGE), wanted)
-        back, targets = MoveBatch(5, pool), [page + 10 for page in pages]
-        back.copy_in(targets, segment, np.multiply(places, PAGE))
-        kv = only_moves(kv, back)
-        assert moves.drain(30)
-    before[targets] = before[pages]
-    np.testing.assert_array_equal(as_bytes(kv), before)
-
-
 def test_parts_of_pages_by_tokens():
     kv = full_pool(4)
     before = np.array(kv)

@@ -258,24 +258,20 @@ def test_decodes_go_on_while_others_switch_in() -> None:
 @pytest.mark.parametrize(("counts", "prompts", "output"), [
     ((4, 2, 3), (8, 8, 24), 8), ((8, 3, 4), (8, 8, 40), 20), ((8, 3, 4), (8, 8, 8), 20),
 ][: at_scale(1, 3)])
-def test_equally_backlogged_users_get_equal_service(
-    counts: tuple[int, ...], prompts: tuple[int, ...], output: int
-) -> None:
+def test_equally_backlogged_users_get_equal_service(counts, prompts, output: int) -> None:
     policy = fair(5, prefill_cost=0.5)
     house = House(policy, num_pages=60, max_num_seqs=3)
-    users = dict(zip("abc", zip(counts, prompts, strict=True), strict=True))
     live = collections.Counter()
 
     def refill() -> None:
-        for user, (count, prompt) in users.items():
+        for user, count, prompt in zip("abc", counts, prompts, strict=True):
             while live[user] < count:
                 house.add(prompt, output + house.rng.randrange(output), user=user)
                 live[user] += 1
 
     refill()
     window = 20 * int(house.note_bound())
-    service: collections.Counter[str] = collections.Counter()
-    original = policy.on_service
+    service, original = collections.Counter(), policy.on_service
 
     def counting(sequence: Sequence, *, tokens: int = 0, **rest) -> None:
         prefill = min(tokens, policy._accounts[sequence].prefill_left)
@@ -287,7 +283,7 @@ def test_equally_backlogged_users_get_equal_service(
         for sequence in house.step():
             live[sequence.user] -= 1
         refill()
-    assert jain([service[user] for user in users]) >= 0.99
+    assert jain([service[user] for user in "abc"]) >= 0.99
     assert house.longest_wait <= house.note_bound()
 
 
