@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import itertools
 import time
 from collections.abc import Callable, Reversible
@@ -84,6 +85,9 @@ class Engine:
         self._taken_in = 0.0  # when the last step's results had come, on time.perf_counter()
         self._dead: BaseException | None = None
         self.observe: Callable[[Plan, float], None] | None = None
+        # What is there by now stays until the engine is closed. Python's full collections, in the
+        # midst of steps, would go through it each time: 30 ms, without it next to nothing.
+        gc.freeze()
 
     # Requests.
 
@@ -388,6 +392,7 @@ class Engine:
                 self._lender.close()
             if self._trace is not None:
                 self._trace.close()
+            gc.unfreeze()
 
     def _check_alive(self) -> None:
         if self._dead is not None:

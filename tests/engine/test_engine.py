@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import jax
@@ -220,6 +221,13 @@ def test_a_bug_on_the_host_is_not_retried(tmp_path, monkeypatch):
         assert out.outputs[0].finish_reason == "error" and "ours" in out.error
         assert engine.stats()["pool_resets"] == 0
         assert engine.stats()["pages"]["in_use"] == 0
+
+
+def test_collections_skip_what_stays_until_the_engine_is_closed(tmp_path):
+    engine = tiny_engine(tmp_path)
+    assert gc.get_freeze_count() > 10_000  # what was imported alone are more
+    engine.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_close_ends_what_is_live(tmp_path):
