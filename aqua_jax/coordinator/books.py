@@ -91,11 +91,6 @@ class Books:
             for r in self._arena(arena).ranges.values()
         ]
 
-    @property
-    def next_number(self) -> int:
-        """The id that the next arena, lease or range will have."""
-        return self._number
-
     # For the classes made of this one.
 
     def _next(self) -> int:
