@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
+from aqua_jax.closing import Closing
 from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine.engine import Engine
 from aqua_jax.engine.outputs import RequestOutput
@@ -31,7 +31,7 @@ def engine_config(model: str, **config: Any) -> EngineConfig:
     return EngineConfig(model=model, **config)
 
 
-class LLM:
+class LLM(Closing):
     """A model ready to answer lists of prompts.
 
     Example:
@@ -58,17 +58,6 @@ class LLM:
             engine_config(model, **config), progress=counting_bar("compiling", "program")
         )
         self._number = 0  # of the next request
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends every request and frees the model's memory. May be called twice."""

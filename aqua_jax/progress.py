@@ -6,8 +6,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
+
+from aqua_jax.closing import Closing
 
 LOG_EVERY_S = 10.0
 
@@ -48,7 +49,7 @@ def counting_bar(label: str, unit: str) -> Callable[[int, int], None]:
     return show
 
 
-class Progress:
+class Progress(Closing):
     """Counts requests and output tokens, shows tokens/s and the time left.
 
     The share that is done comes from `amount` out of `total`: requests when their number is known,
@@ -89,17 +90,6 @@ class Progress:
             total=self._total, initial=self._done, file=sys.stderr, dynamic_ncols=True,
             smoothing=0.05, bar_format=label + "{percentage:3.0f}%|{bar}| {desc}, {remaining} left",
         )
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def tokens_per_second(self) -> float:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from aqua_jax.closing import Closing
 from aqua_jax.config import EngineConfig, SamplingParams
 from aqua_jax.engine import inputs, startup
 from aqua_jax.engine.answers import Answers
@@ -41,7 +42,7 @@ _MAX_RESETS = 3  # device failures in a row before the engine gives up
 _MOVES_WAIT_S = 0.05  # longest wait for page moves in one `step`: requests may come meanwhile
 
 
-class Engine:
+class Engine(Closing):
     """An inference engine over one model. Not thread-safe: one thread calls all methods.
 
     `observe`, if set, is told every step's plan and seconds on the device when its tokens come.
@@ -240,12 +241,6 @@ class Engine:
         if self._dead is None:
             self._dead = RuntimeError("the engine was closed")
             self._end_all("the engine was closed")
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def stats(self, *, bounds: bool = True) -> dict[str, Any]:
         """Counters, pool use, what is compiled and which implementations are in use. Without

@@ -18,8 +18,8 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import ArenaError, ConfigError, StaleHandleError
 
 PAGE = mmap.PAGESIZE
@@ -105,7 +105,7 @@ def sealed_file(size: int, name: str) -> int:
     return fd
 
 
-class Arena:
+class Arena(Closing):
     """A mapped range of memory.
 
     Made by `create`, `anonymous` or `adopt`. Offsets are in bytes from the arena's own start; sizes
@@ -331,15 +331,6 @@ class Arena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _map(fd: int, offset: int, size: int, *, huge_pages: bool) -> mmap.mmap:

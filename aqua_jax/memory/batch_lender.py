@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import AquaError, ConfigError, LenderError
 from aqua_jax.memory.arena import Arena, round_up
 from aqua_jax.memory.client import Client
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _SOON_S, _LATER_S = 0.001, 0.25
 
 
-class BatchLender:
+class BatchLender(Closing):
     """Lends `size` bytes, and takes back what the next batch needs.
 
     Memory that has come back goes to the system, from which the batch takes its own; none of it is
@@ -155,12 +155,3 @@ class BatchLender:
         left = self.lending.close(drain_s)
         self._stack.close()
         return left
-
-    def __enter__(self) -> BatchLender:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -14,8 +14,8 @@ import queue
 import selectors
 import threading
 import time
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator import sockets
 from aqua_jax.coordinator.records import DEVICE_KINDS
 from aqua_jax.errors import AquaError, LenderError, ProtocolError
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _LINGER_S = 1.0  # for the last words when closing
 
 
-class Borrower:
+class Borrower(Closing):
     """A connection to one lender.
 
     Raises:
@@ -346,15 +346,6 @@ class Borrower:
         self._wake()
         self._thread.join()
         self._stack.close()
-
-    def __enter__(self) -> Borrower:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def connect(path: str, size: int, *, name: str = "", timeout_s: float = 10.0) -> Lease | None:

@@ -12,9 +12,9 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any, cast
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.records import DEVICE_KINDS, PAGE, ArenaTerms, Span, whole
 from aqua_jax.errors import AquaError, ArenaError, CoordinatorError, LedgerError, StoreError
@@ -31,7 +31,7 @@ _LONGEST_S = 1e6
 _LEAVE_S = 1.0  # for the last words when closing
 
 
-class Client:
+class Client(Closing):
     """A connection to the coordinator at a socket.
 
     Raises:
@@ -489,12 +489,3 @@ class Client:
             if lending.journal >= 0:
                 os.close(lending.journal)
                 lending.journal = -1
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Protocol
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import StaleHandleError, StoreError
 
@@ -51,7 +51,7 @@ class Bell:
         self.rung = True  # nobody has looked yet
 
 
-class Lease:
+class Lease(Closing):
     """A range of another process's arena, mapped here until it is given back.
 
     `alive`, `wanted_back` and `deadline` are set by the thread that listens to the lender: reading
@@ -205,12 +205,3 @@ class Lease:
             self._release(self, start, end - start)
         self._alive = False
         self._on_close(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

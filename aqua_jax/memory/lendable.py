@@ -11,9 +11,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from types import TracebackType
 from typing import Protocol
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import ArenaError, ConfigError, StaleHandleError
 from aqua_jax.memory.arena import PAGE, sealed_file
 
@@ -126,7 +126,7 @@ class Extent:
             self._fd = -1
 
 
-class LendableMemory:
+class LendableMemory(Closing):
     """Extents of equal size at consecutive addresses, all of them allocated.
 
     Attributes:
@@ -181,12 +181,3 @@ class LendableMemory:
         if self.base:
             _libc.munmap(self.base, self.size)
             self.base = 0
-
-    def __enter__(self) -> LendableMemory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -19,8 +19,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator.sockets import Listener, has_exited, peer_of
 from aqua_jax.errors import AquaError, ConfigError, FieldError, LenderError, ProtocolError
 from aqua_jax.memory import protocol
@@ -54,7 +54,7 @@ class _Client:
         return f"pid {self.pid}" + (f" ({self.name})" if self.name else "")
 
 
-class Lender:
+class Lender(Closing):
     """Lends `size` bytes at a socket until told to stop.
 
     Use as a context manager around `serve`, or with `start`, which does so in a thread; `stop`,
@@ -484,15 +484,6 @@ class Lender:
         for client in list(self._clients.values()):
             self._forget(client)
         self._stack.close()
-
-    def __enter__(self) -> Lender:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _mib(size: int) -> str:

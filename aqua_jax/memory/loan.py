@@ -7,9 +7,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any, Protocol
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.records import ArenaTerms, Span, whole
 from aqua_jax.errors import LedgerError, StaleHandleError, StoreError
@@ -144,7 +144,7 @@ class LendingOwner(Protocol):
         """Lends nothing of it any more; whoever holds a part is told that it is lost."""
 
 
-class Lending:
+class Lending(Closing):
     """An arena that is lent through a coordinator, as its owner has it.
 
     Attributes:
@@ -288,12 +288,3 @@ class Lending:
             )
         self._owner.take_away(self)
         return left
-
-    def __enter__(self) -> Lending:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

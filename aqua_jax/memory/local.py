@@ -11,8 +11,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.ledger import Ledger
 from aqua_jax.coordinator.records import (
@@ -35,7 +35,7 @@ _LENDER, _BORROWER = 1, 2
 _STEP = 16 << 20  # zeroed at a time
 
 
-class LocalClient:
+class LocalClient(Closing):
     """Lends to itself."""
 
     def __init__(self, *, name: str = "local", domain: str = "", drain_s: float = 10.0) -> None:
@@ -215,12 +215,3 @@ class LocalClient:
             loan.close()
         for lending in list(self._lendings.values()):
             lending.close()
-
-    def __enter__(self) -> LocalClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -15,6 +15,7 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import ConfigError, StaleHandleError, StoreError
 from aqua_jax.memory.lease import Bell, Lease
 from aqua_jax.memory.pace import JointPace, Pace
@@ -260,7 +261,7 @@ class Slots:
         ]
 
 
-class LentSlots(Slots):
+class LentSlots(Slots, Closing):
     """Slots in memory of others, who may want it back or be gone.
 
     When memory is wanted (`wanted_slots`), the highest slots go: `retire` says which of them are in

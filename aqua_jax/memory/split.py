@@ -9,7 +9,6 @@ store.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from aqua_jax.errors import StoreError
 from aqua_jax.memory.pace import JointPace
@@ -99,12 +98,3 @@ class SplitStore(LentSlots):
         super().close()
         for part in self.parts:
             part.close()
-
-    def __enter__(self) -> SplitStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import StoreError
 from aqua_jax.memory.arena import PAGE, round_up
 from aqua_jax.memory.growing import GrowingMemory
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _PRESSED_S = 0.5  # before a lender's deadline
 
 
-class HostStore(Slots):
+class HostStore(Slots, Closing):
     """Pages in memory of this process.
 
     With `grows` it takes memory from the system as it fills, one step ahead of need, in a thread
@@ -90,15 +90,6 @@ class HostStore(Slots):
         self._capacity, self._usable, self._in_use, self._free = 0, 0, 0, []
         self._memory.close()
 
-    def __enter__(self) -> HostStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class PeerStore(LentSlots):
     """Pages in memory that another process lends: one lease."""
@@ -164,12 +155,3 @@ class PeerStore(LentSlots):
         """Gives everything back; every handle is stale. No copy may be under way. Repeatable."""
         super().close()
         self.lease.close()
-
-    def __enter__(self) -> PeerStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -19,12 +19,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import ConfigError, ContentLostError, StaleHandleError
 from aqua_jax.memory import arrays, sources
 from aqua_jax.memory.contents import CHUNK, Content, Contents, Counters
@@ -140,10 +140,7 @@ class AquaTensor:
     def __enter__(self) -> AquaTensor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self.freed:
             self.free()
 
@@ -160,7 +157,7 @@ class AquaTensor:
             aqua.contents.abandon(self._content)
 
 
-class Aqua:
+class Aqua(Closing):
     """Memory off the device: borrowed from lenders while they lend, the host's otherwise.
 
     Methods may be called from any thread. Only `offload` talks to lenders: it may ask for a lease,
@@ -348,15 +345,6 @@ class Aqua:
             warnings.warn(f"{len(live)} handles of {total} bytes were not freed", ResourceWarning,
                           stacklevel=2, source=live[0])
         self._responder.close()
-
-    def __enter__(self) -> Aqua:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         contents = getattr(self, "contents", None)

@@ -19,8 +19,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
 
+from aqua_jax.closing import Closing
 from aqua_jax.errors import ArenaError
 from aqua_jax.ops import library
 
@@ -66,7 +66,7 @@ def _require(done: int, what: str) -> int:
     return done
 
 
-class DeviceArena:
+class DeviceArena(Closing):
     """A range of GPU memory, made here (`create`) or by another process (`map`).
 
     Attributes:
@@ -191,15 +191,6 @@ class DeviceArena:
     def _check(self) -> None:
         if not self._id:
             raise ArenaError("the arena was closed")
-
-    def __enter__(self) -> DeviceArena:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def unit(device: int) -> int:

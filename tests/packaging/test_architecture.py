@@ -39,8 +39,8 @@ ARROWS = {
     "ops": set(),
 }
 BASE = {
-    "aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts", "aqua_jax.progress",
-    "aqua_jax.models.config",
+    "aqua_jax.closing", "aqua_jax.config", "aqua_jax.errors", "aqua_jax.prompts",
+    "aqua_jax.progress", "aqua_jax.models.config",
 }
 HOST_ONLY = (
     "aqua_jax.scheduling", "aqua_jax.paging", "aqua_jax.memory", "aqua_jax.coordinator",
