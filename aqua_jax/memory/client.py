@@ -20,8 +20,9 @@ from aqua_jax.coordinator.records import DEVICE_KINDS, PAGE, ArenaTerms, Span, w
 from aqua_jax.errors import AquaError, ArenaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.lendable import Lendable
 from aqua_jax.memory.link import Link, Question, messages
-from aqua_jax.memory.loan import Held, Lendable, Lending, Loan, terms_of
+from aqua_jax.memory.loan import Held, Lending, Loan, terms_of
 from aqua_jax.memory.mapping import Mapper, Mappings, Part
 from aqua_jax.memory.scrubbing import Scrubber
 

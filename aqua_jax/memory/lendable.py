@@ -36,11 +36,11 @@ def _mapped(address: int | None, size: int, protection: int, flags: int, fd: int
     return int(found)
 
 
-class LentMemory(Protocol):
-    """An arena to lend as a whole: `memory.arena.Arena`, or a device's.
+class Lendable(Protocol):
+    """Memory that can be lent: an `Arena`, an extent of a `LendableMemory`, a device's.
 
     Attributes:
-      size: bytes, whole pages; zeroed.
+      size: bytes.
       kind: of memory: "host", "cuda".
       device: that it is on, by a name that all processes know; "" for the host's.
     """
@@ -51,10 +51,14 @@ class LentMemory(Protocol):
 
     @property
     def fd(self) -> int:
-        """The descriptor to lend out; it stays the arena's."""
+        """The descriptor to lend out; it stays its owner's."""
 
     def scrub(self, offset: int, size: int) -> None:
         """Overwrites with zeros."""
+
+
+class LentMemory(Lendable, Protocol):
+    """What a `Lender` owns: whole pages, zeroed, that can be taken from the system and returned."""
 
     def vacate(self, offset: int, size: int) -> None:
         """Returns a part to the system, where parts can be returned."""

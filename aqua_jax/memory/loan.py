@@ -14,6 +14,7 @@ from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.coordinator.records import ArenaTerms, Span, whole
 from aqua_jax.errors import LedgerError, StaleHandleError, StoreError
 from aqua_jax.memory.lease import Lease, LeasedRange
+from aqua_jax.memory.lendable import Lendable
 
 _log = logging.getLogger(__name__)
 
@@ -98,27 +99,6 @@ class Held:
             self.loan.deadline, self.loan.keep = self.deadline, self.keep
         if self.lost:
             self.loan.alive = False
-
-
-class Lendable(Protocol):
-    """Memory that can be lent: an `Arena`, or an extent of a `LendableMemory`.
-
-    Attributes:
-      size: bytes.
-      kind: of memory.
-      device: that it is on, by a name that all processes know; "" for the host's.
-    """
-
-    size: int
-    kind: str
-    device: str
-
-    @property
-    def fd(self) -> int:
-        """The descriptor to lend out; it stays its owner's."""
-
-    def scrub(self, offset: int, size: int) -> None:
-        """Overwrites with zeros."""
 
 
 class LendingOwner(Protocol):

@@ -29,7 +29,8 @@ from aqua_jax.coordinator.records import (
 from aqua_jax.errors import AquaError, CoordinatorError, LedgerError, StoreError
 from aqua_jax.memory.arena import Arena
 from aqua_jax.memory.lease import Lease
-from aqua_jax.memory.loan import Held, Lendable, Lending, Loan
+from aqua_jax.memory.lendable import Lendable
+from aqua_jax.memory.loan import Held, Lending, Loan
 
 _LENDER, _BORROWER = 1, 2
 _STEP = 16 << 20  # zeroed at a time

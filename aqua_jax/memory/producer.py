@@ -17,7 +17,8 @@ from aqua_jax.coordinator.intervals import Intervals
 from aqua_jax.errors import AquaError
 from aqua_jax.memory.arena import PAGE, round_up
 from aqua_jax.memory.client import Client
-from aqua_jax.memory.loan import Lendable, Lending
+from aqua_jax.memory.lendable import Lendable
+from aqua_jax.memory.loan import Lending
 
 _log = logging.getLogger(__name__)
 
