@@ -215,7 +215,8 @@ def test_a_full_store_keeps_the_head_and_the_pool_what_it_can():
     world.store.close()
 
 
-def test_sums_are_compared_part_by_part():
+def out_in_parts() -> tuple[World, list[Move]]:
+    """A sequence of two pages on its way back; the second one went out in two parts."""
     world = World(verify=True)
     world.run("a", 6)
     world.end(world.leave("a", 6))
@@ -223,8 +224,12 @@ def test_sums_are_compared_part_by_part():
     world.end(world.come_back("a", 7))
     world.end(world.leave("a", 7))
     world.empty_pool()
-    back = world.come_back("a", 7)
-    # The second page went out in two parts, and their sums are of these parts.
+    return world, world.come_back("a", 7)
+
+
+def test_sums_are_compared_part_by_part():
+    world, back = out_in_parts()
+    # Sums are of the parts that pages went out in.
     assert [(move.start, move.count, move.checksum) for move in back] == [
         (0, 4, 100), (0, 2, 101), (2, 1, 100),
     ]
@@ -238,14 +243,7 @@ def test_sums_are_compared_part_by_part():
 
 
 def test_a_page_of_which_a_part_fails_has_not_arrived():
-    world = World(verify=True)
-    world.run("a", 6)
-    world.end(world.leave("a", 6))
-    world.empty_pool()
-    world.end(world.come_back("a", 7))
-    world.end(world.leave("a", 7))
-    world.empty_pool()
-    whole, first, second = world.come_back("a", 7)
+    world, (whole, first, second) = out_in_parts()
     world.residency.finished(first, False)
     assert world.residency.arriving("a") and world.residency.take_failed() == []
     world.residency.finished(second, True)
