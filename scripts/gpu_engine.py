@@ -17,7 +17,9 @@ exit status is 1.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
+import functools
 import gc
 import json
 import mmap
@@ -98,13 +100,18 @@ class Out:
             self.row(part=name, failed=f"{type(error).__name__}: {error}"[:300])
 
 
+@functools.cache
+def tiny_directory() -> str:
+    """A directory with the configuration `TINY`, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="aqua-tiny-")
+    atexit.register(folder.cleanup)
+    pathlib.Path(folder.name, "config.json").write_text(json.dumps(TINY))
+    return folder.name
+
+
 def model_directory(name: str) -> str:
-    """The directory of a configuration; `tiny` is made now."""
-    if name != "tiny":
-        return str(MODELS / name)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="aqua-tiny-"))
-    (folder / "config.json").write_text(json.dumps(TINY))
-    return str(folder)
+    """The directory of a configuration."""
+    return tiny_directory() if name == "tiny" else str(MODELS / name)
 
 
 def config(platform: str, model: str, **fields: Any) -> EngineConfig:
