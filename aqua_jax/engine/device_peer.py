@@ -15,8 +15,9 @@ import jax
 from absl import logging
 
 from aqua_jax.engine.platform import device_memory
-from aqua_jax.errors import ArenaError, ConfigError, StoreError
+from aqua_jax.errors import ArenaError, ConfigError
 from aqua_jax.memory.lease import Lease
+from aqua_jax.memory.mapping import DeviceRange
 from aqua_jax.ops import device_arena, library
 from aqua_jax.ops.device_arena import DeviceArena
 
@@ -30,7 +31,7 @@ def gpu_of(peer: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-class MappedRange:
+class MappedRange(DeviceRange):
     """A device arena as `Lease` wants its memory: with an address that only GPUs can use."""
 
     def __init__(self, arena: DeviceArena, owner: DeviceArena) -> None:
@@ -41,25 +42,6 @@ class MappedRange:
         """
         self._arena, self._owner = arena, owner
         self.size, self.address, self.closed = arena.nbytes, arena.address, False
-
-    def disconnect(self, offset: int, size: int) -> None:
-        """Nothing: only all of it can be unmapped, by `close`."""
-
-    def read(self, offset: int, size: int) -> bytes:
-        """The host can't read it.
-
-        Raises:
-          StoreError: always.
-        """
-        raise StoreError("the host cannot read a GPU's memory")
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """The host can't write to it.
-
-        Raises:
-          StoreError: always.
-        """
-        raise StoreError("the host cannot write to a GPU's memory")
 
     def close(self) -> None:
         """Unmaps it and gives it back to the GPU. No copy may be under way."""

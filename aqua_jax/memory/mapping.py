@@ -50,23 +50,9 @@ class Mapper(Protocol):
         """
 
 
-class Part:
-    """A range of a mapping, as a lease has its memory: only devices read and write it."""
-
-    def __init__(self, shared: _Shared, offset: int, size: int) -> None:
-        """Use `Mappings.part`."""
-        self._shared, self._offset = shared, offset
-        self.size, self.closed = size, False
-
-    @property
-    def address(self) -> int:
-        """Where it starts, as this process's devices see it."""
-        return self._shared.mapped.address + self._offset
-
-    @property
-    def way(self) -> str:
-        """How it is shared, in words."""
-        return self._shared.mapped.way
+class DeviceRange:
+    """What ranges of a device's memory have in common, as leases have them: only devices read and
+    write them, and a part can't be unmapped by itself."""
 
     def read(self, offset: int, size: int) -> bytes:
         """The host can't read it.
@@ -85,7 +71,26 @@ class Part:
         raise StoreError("the host cannot write to a device's memory")
 
     def disconnect(self, offset: int, size: int) -> None:
-        """Nothing: a mapping ends as a whole, with its last lease."""
+        """Nothing: a mapping ends as a whole."""
+
+
+class Part(DeviceRange):
+    """A range of a mapping that several leases may share; it ends with the last of them."""
+
+    def __init__(self, shared: _Shared, offset: int, size: int) -> None:
+        """Use `Mappings.part`."""
+        self._shared, self._offset = shared, offset
+        self.size, self.closed = size, False
+
+    @property
+    def address(self) -> int:
+        """Where it starts, as this process's devices see it."""
+        return self._shared.mapped.address + self._offset
+
+    @property
+    def way(self) -> str:
+        """How it is shared, in words."""
+        return self._shared.mapped.way
 
     def close(self) -> None:
         """Ends it; with the last one the memory is unmapped. May be repeated."""
