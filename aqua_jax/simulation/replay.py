@@ -1,5 +1,10 @@
 """Makes the calls of a recorded run again, on a scheduler of the same size, and compares plans.
 
+    with RecordedEngine(config) as engine:
+        ...
+    scheduler = build_scheduler(engine.limits, policy)
+    Replay(scheduler).run(engine.recorder.events)
+
 Events, in order (`scheduling.recording`):
 
   ["add", {sequence}]            a request came

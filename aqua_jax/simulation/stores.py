@@ -25,7 +25,6 @@ class SlotStore:
         self.name, self.slot_bytes = name, slot_bytes
         self.pace: Pace | None = None
         self.growing = False
-        self.peak = 0
         self._capacity = capacity
         self._generations = [0] * capacity
         self._references = [0] * capacity
@@ -67,7 +66,6 @@ class SlotStore:
             self._references[index], self._tokens[index] = 1, 0
             self._generations[index] += 1
             taken.append(SlotHandle(index, self._generations[index]))
-        self.peak = max(self.peak, self.in_use)
         return taken
 
     def retain(self, slot: StoreSlot) -> None:
@@ -84,10 +82,6 @@ class SlotStore:
     def fill(self, slot: StoreSlot, valid_tokens: int) -> None:
         """Notes how many tokens the slot holds now."""
         self._tokens[self._index(slot)] = valid_tokens
-
-    def valid_tokens(self, slot: StoreSlot) -> int:
-        """Tokens the slot holds."""
-        return self._tokens[self._index(slot)]
 
     def holds(self, slot: StoreSlot) -> bool:
         """Whether the handle is good and its content readable."""
