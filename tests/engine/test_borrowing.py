@@ -29,11 +29,6 @@ SLICES = {"policy": "fair", "slice_steps": 8}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
 def expected(folder) -> list[list[int]]:
     """Answers to `work()` with a pool that holds everything."""
     with tiny_engine(folder, deterministic=True, kv_cache_tokens=4096) as engine:

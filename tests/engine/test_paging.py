@@ -27,17 +27,7 @@ from tests.memory.lending import lending, new_name, wait_for
 POOL = 256  # tokens, for work that wants 1,680 at once
 SWAPPING = ("fair", "fcfs_swap", "priority")
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """No test leaves delays behind."""
-    yield
-    copy_queue.set_delay(0, 0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def work(count: int = 12, tokens: int = 100) -> list[tuple[list[int], SamplingParams]]:

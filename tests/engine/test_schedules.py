@@ -38,11 +38,6 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
 def catalogue(folder):
     with tiny_engine(folder, deterministic=True, kv_cache_tokens=16384, policy="fcfs") as roomy:
         yield Catalogue(requests(), roomy)

@@ -45,17 +45,7 @@ SETTINGS = {"policy": "fair", "slice_steps": 8, "tensor_parallel": 2}
 # Of random schedules: of a lender that takes back, changes its mind, is killed, of several.
 SEEDS = range(2, at_scale(6, 80))
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """No test leaves delays behind."""
-    yield
-    copy_queue.set_delay(0, 0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ from tests.scale import at_scale
 SEEDS = (7, 9, *range(10, at_scale(10, 150)))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
-
-
 def work() -> list[tuple[list[int], SamplingParams]]:
     """Prompts that cross pages and steps; forks, penalties, log probabilities."""
     params = [
