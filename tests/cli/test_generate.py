@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -99,14 +100,20 @@ def test_a_prompt_too_long_is_refused_before_any_work(flags, capfd):
     assert out == "" and "--prompt number 2: prompt: got" in err
 
 
-def test_ctrl_c_is_clean(flags):
+@contextlib.contextmanager
+def streaming(flags):
+    """A process in the midst of a long answer: its first byte has been read."""
     with subprocess.Popen(
         command("generate", *flags, "--prompt=x", "--max_new_tokens=1900", "--ignore_eos",
                 "--stream"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:
-        assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(1)
+        yield process
+
+
+def test_ctrl_c_is_clean(flags):
+    with streaming(flags) as process:
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130
@@ -114,13 +121,7 @@ def test_ctrl_c_is_clean(flags):
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(flags):
-    with subprocess.Popen(
-        command("generate", *flags, "--prompt=x", "--max_new_tokens=1900", "--ignore_eos",
-                "--stream"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.read(1)
+    with streaming(flags) as process:
         process.stdout.close()
         started = time.monotonic()
         error = process.stderr.read().decode()
