@@ -54,6 +54,8 @@ class ThreadPool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int worker = 1; worker < threads; ++worker) {
       workers_.emplace_back([this, worker] { work(worker); });
+      // 15 letters at most; failing is no harm.
+      pthread_setname_np(workers_.back().native_handle(), "aqua-compute");
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }

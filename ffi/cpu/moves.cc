@@ -126,6 +126,7 @@ class Queue {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 0; i < threads; ++i) {
       workers_.emplace_back([this] { work(); });
+      pthread_setname_np(workers_.back().native_handle(), "aqua-copies");
       clockid_t clock;
       if (pthread_getcpuclockid(workers_.back().native_handle(), &clock) == 0) {
         clocks_.push_back(clock);

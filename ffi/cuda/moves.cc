@@ -59,6 +59,7 @@ Clock::time_point hold_until(uint64_t ticket, uint64_t salt) {
 class Queue {
  public:
   Queue() : worker_([this] { work(); }) {
+    pthread_setname_np(worker_.native_handle(), "aqua-copies");
     if (pthread_getcpuclockid(worker_.native_handle(), &clock_) != 0) clock_ = CLOCK_MONOTONIC;
   }
 

@@ -33,6 +33,23 @@ print(json.dumps({
 """
 
 
+THREADS = """
+import json, pathlib
+import jax, jax.numpy as jnp, numpy as np
+from aqua_jax.ops import moves
+from aqua_jax.ops.activation import swiglu
+kv = jnp.zeros((4, 1024))
+with moves.MovePool.of(kv) as pool, moves.Segment(np.zeros(4096, np.uint8)) as segment:
+    batch = moves.MoveBatch(1, pool)
+    batch.copy_out([0], segment, [0])
+    kv = jax.jit(moves.enqueue_moves, donate_argnums=0)(kv, batch.moves(), batch.head())
+    swiglu(jnp.ones((256, 2048))).block_until_ready()
+    assert moves.drain(30)
+    tasks = pathlib.Path("/proc/self/task").glob("*/comm")
+    print(json.dumps([path.read_text().strip() for path in tasks]))
+"""
+
+
 def probe(folder: pathlib.Path | None, **environment: str) -> tuple[dict, str]:
     """What a fresh process sees, and what it logged."""
     variables = {**os.environ, **environment, "JAX_PLATFORMS": "cpu"}
@@ -70,6 +87,17 @@ def test_another_library_under_our_name_is_refused(tmp_path):
     (tmp_path / "libaqua_cpu.so").symlink_to(maths)
     seen, _ = probe(tmp_path)
     assert not seen["available"] and "cannot be used" in seen["reason"]
+
+
+def test_threads_have_names():
+    """By which operating systems, debuggers and the server's metrics tell them apart."""
+    run = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "AQUA_THREADS": "3", "AQUA_COPY_THREADS": "2"},
+    )
+    names = json.loads(run.stdout)
+    assert names.count("aqua-compute") == 2  # and whoever calls takes part
+    assert names.count("aqua-copies") == 2
 
 
 def test_instruction_set_is_clamped_and_names_are_checked(monkeypatch):
