@@ -175,6 +175,9 @@ class EngineConfig:
     policy: Literal["fair", "fcfs", "fcfs_swap", "priority"] = "fair"
     slice_steps: int | None = None  # fair: decode steps of a turn; None: by what a switch costs
     tbt_slo_ms: float = 0.0  # fair: longest gap between tokens aimed at; 0: as short as it goes
+    # The thrash guard: of all time, what may go into copying and recomputing for those who give
+    # way; slices get longer, and batches smaller, where it would be more. 1: no bound.
+    switch_share: float = 0.15
     # fair: shares of users in the machine, by what requests call `user`; others weigh 1. A dict has
     # no hash; without it configurations keep theirs.
     user_weights: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -260,6 +263,10 @@ class EngineConfig:
         check(
             _is_number(self.tbt_slo_ms) and self.tbt_slo_ms >= 0, "tbt_slo_ms",
             "milliseconds, a number >= 0",
+        )
+        check(
+            _is_number(self.switch_share) and 0 < self.switch_share <= 1, "switch_share",
+            "a number above 0 and at most 1, which bounds nothing",
         )
         weights = self.user_weights
         check(

@@ -6,7 +6,8 @@ Runs bursts through the real scheduler with a cost model of a step (the 100M mod
 preemptions and recomputed tokens. 0 is vLLM's rule (only the tokens at hand must fit); a value
 above every output length reserves all at admission and never preempts.
 
-With `--policies` it compares policies instead, with giving way by recomputation.
+With `--policies` it compares policies instead, with giving way by recomputation, each under several
+bounds on what that may cost (`SchedulerConfig.switch_share`; 1: none).
 
     python scripts/admission.py [--policies]
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from typing import Literal
@@ -70,26 +72,29 @@ BURSTS = (
 )
 
 
-def fair(slice_steps: int | Literal["auto"], recompute_share: float = 0.2) -> Fair:
-    """The policy with slices of so many steps; the share matters when they are automatic."""
-    return Fair(FairConfig(SliceConfig(slice_steps, recompute_share=recompute_share)))
+def fair(slice_steps: int | Literal["auto"]) -> Fair:
+    """The policy with slices of so many steps."""
+    return Fair(FairConfig(SliceConfig(slice_steps)))
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "fcfs": FirstComeFirstServed,
-    **{f"fair, {n}": functools.partial(fair, n) for n in (5, 10, 20, 40, 80)},
-    **{f"fair, auto {share}": functools.partial(fair, "auto", share) for share in (0.1, 0.2, 0.4)},
+    **{f"fair, {n}": functools.partial(fair, n) for n in (5, 10, 20, 40, 80, "auto")},
 }
+SHARES = (0.1, 0.15, 0.2, 0.3, 1.0)  # of all time, what changing places may take
 
 
 def simulate(
-    burst: Burst, growth_tokens: int, policy: Callable[[], Policy] = FirstComeFirstServed
+    burst: Burst, growth_tokens: int, policy: Callable[[], Policy] = FirstComeFirstServed,
+    switch_share: float = 1.0,
 ) -> Outcome:
     """Runs a burst to its end."""
     rng = random.Random(0)
     num_pages = burst.resident * (burst.prompt + burst.output) // PAGE_TOKENS
     pool = PagePool(num_pages, PAGE_TOKENS)
-    config = SchedulerConfig(64, 1024, num_pages * PAGE_TOKENS, growth_tokens=growth_tokens)
+    config = SchedulerConfig(
+        64, 1024, num_pages * PAGE_TOKENS, growth_tokens=growth_tokens, switch_share=switch_share
+    )
     scheduler = Scheduler(config, policy(), pool, PrefixCache(pool))
     requests, limits = [], []
     for _ in range(burst.requests):
@@ -126,8 +131,8 @@ def main() -> None:
     for burst in BURSTS:
         print(f"\n{burst.name}\n{'policy' if compare else 'growth':>16}{HEADER}")
         if compare:
-            for name, policy in POLICIES.items():
-                show(name, simulate(burst, 48, policy))
+            for name, share in itertools.product(POLICIES, SHARES):
+                show(f"{name}, {share}", simulate(burst, 48, POLICIES[name], share))
         else:
             for growth in (0, 16, 32, 48, 64, 96, 128, 256, 1024):
                 show(str(growth), simulate(burst, growth))

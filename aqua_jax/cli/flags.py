@@ -108,6 +108,11 @@ def define_engine_flags(flags: FlagSet, policy: str | None = None) -> None:
             "tbt_slo_ms", 0.0, "Longest gap between two tokens that --policy=fair aims at, in "
             "milliseconds; 0: as short as it goes.", 0.0, 1e6,
         )
+        flags.number(
+            "switch_share", 0.15, "Of all time, what may go into copying and recomputing for those "
+            "who give way: slices get longer, and batches smaller, where it would be more; 1: no "
+            "bound.", 0.001, 1.0,
+        )
         flags.weights(
             "user_weights", "Shares of users in the machine with --policy=fair, such as "
             "alice=2,bob=0.5; users not named weigh 1.",

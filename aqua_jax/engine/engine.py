@@ -265,6 +265,7 @@ class Engine(Closing):
             "paging": self._paging_stats(),
             "lending": None if self._lender is None else self._lender.stats(),
             "switches": self._scheduler.counters.switches,
+            **self._scheduler.guard.stats(),
             "waiting_bound_steps": None if bound is None else bound.steps,
             "compiles": programs.compiles,
             "compiles_after_warmup": programs.compiles_after_warmup,

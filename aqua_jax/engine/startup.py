@@ -269,6 +269,7 @@ def _scheduler(
     limits = SchedulerConfig(
         max_num_seqs=config.max_num_seqs, max_step_tokens=config.step_tokens,
         max_chunk_tokens=config.max_chunk_tokens, max_model_len=max_model_len,
+        switch_share=config.switch_share,
     )
     prefix = PrefixCache(pool) if config.prefix_caching else None
     if not tiers.usable:

@@ -31,13 +31,14 @@ so its step is among those of prompts.)
 
     steps = turns * ceil(longest / prefill_tokens) + (turns / concurrent + 1) * (slice + latency)
 
-With the guard (`Slices`), a switch waits until other tokens have paid for it as well, and for what
-is overdrawn:
+With the guard, a switch waits until other tokens have paid for it as well, and for what is
+overdrawn; each earns `rate` of its price:
 
-    + ceil((turns * switch + overdrawn) * (1 - share) / share / concurrent)
+    + ceil((turns * switch + overdrawn) / rate / concurrent)
 
 where a switch costs what copying the longest sequence out and back does, as long as stores have
-room and that is cheaper, and else all its tokens. What a store loses afterwards is overdrawn then.
+room and that is cheaper, and else computing it again. What a store loses afterwards is overdrawn
+then.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Machine:
     slice_steps: float
     credit_share: float
     early_turns: int  # saved up
-    switch_share: float | None  # of the guard; None: there is none
-    switch_tokens: float  # price of the dearest switch
-    overdrawn: float = 0.0  # tokens that the guard waits for
+    switch_rate: float  # what a decode earns for the guard's budget; infinite: there is none
+    switch_price: float  # of the dearest
+    overdrawn: float = 0.0  # of the budget
     run_ahead: int = 1
 
 
@@ -95,7 +96,6 @@ def waiting_bound(load: Load, machine: Machine) -> WaitingBound:
     latency = machine.run_ahead + _SWITCH_LATENCY
     steps = turns * math.ceil(load.longest / machine.prefill_tokens)
     steps += (math.ceil(turns / machine.concurrent) + 1) * (int(machine.slice_steps) + latency)
-    if machine.switch_share is not None:
-        earned = (1.0 - machine.switch_share) / machine.switch_share / machine.concurrent
-        steps += math.ceil((turns * machine.switch_tokens + machine.overdrawn) * earned)
+    owed = turns * machine.switch_price + machine.overdrawn
+    steps += math.ceil(owed / machine.switch_rate / machine.concurrent)
     return WaitingBound(turns, steps)

@@ -43,6 +43,7 @@ from aqua_jax.errors import ConfigError
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import Load, Machine, WaitingBound, waiting_bound
 from aqua_jax.scheduling.cost import Costs
+from aqua_jax.scheduling.guard import Budget, Guard
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Standing, Status
 from aqua_jax.scheduling.slices import SliceConfig, Slices
@@ -106,7 +107,7 @@ class _Account(Member):
     """What a sequence was granted and has used."""
 
     __slots__ = (
-        "begun", "prefill_left", "prepaid", "recompute_left", "sequence", "slice_left", "user",
+        "begun", "prefill_left", "prepaid", "sequence", "slice_left", "user",
     )
 
     def __init__(self, sequence: Sequence, user: _User) -> None:
@@ -114,7 +115,6 @@ class _Account(Member):
         self.sequence = sequence
         self.user = user
         self.prefill_left = 0  # tokens known at admission that are still to be computed
-        self.recompute_left = 0  # of these, tokens computed once before
         self.slice_left = 0.0  # decode steps; 0: the slice is over
         self.begun = True  # whether the turn has brought a token yet
         self.prepaid = 0.0  # service charged to the user in advance
@@ -142,14 +142,16 @@ class Fair:
         self._prices: dict[Sequence, float] = {}  # of this plan
         self._merits: list[_Account] | None = None  # of this plan
         self._keeps: Callable[[], bool] | None = None
+        self._budget = Budget(math.inf)
         self._early = True  # whether there are early turns in this plan
 
     def bind(
         self, costs: Costs, price: Callable[[Sequence], float],
-        keeps: Callable[[], bool] | None,
+        keeps: Callable[[], bool] | None, guard: Guard,
     ) -> None:
         """What a prompt token costs, where the configuration doesn't say, and what a switch."""
         self._costs, self._price, self._keeps = costs, price, keeps
+        self._budget = guard.turns
 
     @property
     def prefill_cost(self) -> float:
@@ -176,7 +178,6 @@ class Fair:
             account = self._join(sequence)
         else:
             self._settle(account)
-            self.slices.spend(sequence.switch_price)
             account.user.sequences.forgive(account, self._turn(account, self.slices.steps))
             self._catch_up(account)
         user = account.user
@@ -214,8 +215,8 @@ class Fair:
 
     @property
     def growth_steps(self) -> float:
-        """Decode steps that everyone admitted must find pages for."""
-        return self.slices.growth_steps
+        """A slice, so that nobody gives way in the middle of one."""
+        return self.slices.steps if self.slices.steps < math.inf else 0.0
 
     def begin(self, now: float, running: int) -> None:
         """A plan begins."""
@@ -226,14 +227,12 @@ class Fair:
         self._early = self._keeps is None or self._keeps()
         self.slices.observe(now, len(self._accounts), running, switch)
 
-    def admitted(self, sequence: Sequence, lost: int) -> None:
+    def admitted(self, sequence: Sequence) -> None:
         """Charges a slice and the prompt in advance, so that the admissions of one plan alternate
         between users."""
         account = self._accounts[sequence]
         steps, user = self.slices.steps, account.user
-        # What is computed again after all was lost; what isn't was paid for.
-        self.slices.spend(lost - (0.0 if sequence.swapped else sequence.switch_price))
-        account.prefill_left, account.recompute_left = sequence.pending, lost
+        account.prefill_left = sequence.pending
         account.slice_left, account.begun = steps, steps == math.inf
         account.prepaid = self.prefill_cost * sequence.pending
         if steps != math.inf:
@@ -266,11 +265,11 @@ class Fair:
                 continue  # gone since the plan began
             if account.vruntime < least if user is waiting.user else user.vruntime < users_least:
                 continue
-            if self.slices.guarded:
+            if self._budget.bounds:
                 if one not in self._prices:  # asked for each head of a plan
                     self._prices[one] = self._price(one)
                 price += self._prices[one]
-                if not self.slices.affords(price):
+                if not self._budget.affords(price):
                     return
             yield one
 
@@ -320,16 +319,12 @@ class Fair:
         slice."""
         account, config = self._accounts[sequence], self.config
         prefill = min(tokens, account.prefill_left) if account.prefill_left else 0
-        new = sampled = decodes = tokens - prefill
+        sampled = decodes = tokens - prefill
         amount = config.decode_cost * (decodes + price)
         if prefill:
             amount = self.prefill_cost * prefill + amount
-            again = min(prefill, account.recompute_left)
             account.prefill_left -= prefill
-            account.recompute_left -= again
-            new += prefill - again
             sampled += account.prefill_left == 0  # the first token of a turn comes with its prompt
-        self.slices.earn(new)
         self._credit += _HEAD_STARTS * amount
         account.prepaid -= amount
         if account.prepaid < 0.0:
@@ -379,7 +374,7 @@ class Fair:
         """
         if not self._accounts:
             return None
-        config, steps, slices = self.config, self.slices.steps, self.config.slices
+        config, steps = self.config, self.slices.steps
         longest, pages, shares, turns = 0, 0, [], []  # turns: service that each takes, at least
         for account in self._accounts.values():
             sequence, queue = account.sequence, account.user.sequences
@@ -407,9 +402,8 @@ class Fair:
             concurrent=max(1, min(limits.max_num_seqs, pool.certain // pool.pages_for(longest))),
             prefill_tokens=min(chunk, limits.max_step_tokens - limits.max_num_seqs + 1),
             slice_steps=steps, credit_share=config.credit_share, early_turns=self._early_turns,
-            switch_share=slices.recompute_share if slices.slice_steps == "auto" else None,
-            switch_tokens=switch,
-            overdrawn=self.slices.overdrawn, run_ahead=run_ahead,
+            switch_rate=self._budget.rate, switch_price=switch, overdrawn=self._budget.overdrawn,
+            run_ahead=run_ahead,
         ))
 
     # Inside.
@@ -488,7 +482,7 @@ class Fair:
             self._users.charge(account.user, -account.prepaid)
         account.prepaid = 0.0
         account.slice_left = 0.0
-        account.prefill_left = account.recompute_left = 0
+        account.prefill_left = 0
 
 
 def _merit(account: _Account) -> tuple[float, float, float, tuple[float, int]]:

@@ -102,6 +102,16 @@ class Holdings:
         cached = self.pool.cached_among(shared)
         return self.pool.pages_for(sequence.total_len) - len(shared) + cached
 
+    def count_hit(self, sequence: Sequence) -> None:
+        """Notes what a sequence just admitted needn't compute; what forks share is no merit of the
+        cache."""
+        if sequence.parent is not None:
+            return
+        if sequence.preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed
+        if self.prefix is not None and not sequence.no_prefix_read:
+            self.prefix.count(sequence.total_len, sequence.num_computed)
+
     def take(self, sequence: Sequence, found: Found) -> tuple[int, int] | None:
         """Gives a sequence what was found and the pages of all its tokens.
 

@@ -28,6 +28,7 @@ class SchedulerConfig:
     # Newcomers are limited by the room for their prompts; spread as well, the last of a burst of
     # 256 with 64 tokens each got its first one 5% later (modelled).
     max_switches: int = 8
+    switch_share: float = 0.15  # of all time, what changing places may cost (`Guard`); 1: no bound
     # With stores below the pool.
     max_moves: int = 256  # page copies that a step has room for
     swap_growth_tokens: int = 4  # in place of growth_tokens: running short costs little there
@@ -49,6 +50,10 @@ class SchedulerConfig:
         for field in ("growth_tokens", "swap_growth_tokens", "write_behind_pages", "move_steps"):
             if getattr(self, field) < 0:
                 raise ConfigError(field, getattr(self, field), "an integer >= 0")
+        if not 0 < self.switch_share <= 1:
+            raise ConfigError(
+                "switch_share", self.switch_share, "above 0 and at most 1, which bounds nothing"
+            )
         for field in ("max_moves", "max_switches"):
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "an integer > 0")

@@ -57,6 +57,8 @@ class Draft:
     pages_coming: bool = False  # some sequence only waits for its last token
     pages_short: bool = False  # a running sequence was refused a page
     awaited: int = 0  # pages that sequences sit out for
+    again: int = 0  # tokens that were computed before their sequences gave way
+    prompt_tokens: int = 0  # the other ones that come several at once
     # The head of the queue that didn't fit, and what of it needn't be computed.
     refused: tuple[Sequence | None, Found | None] = (None, None)
 
@@ -64,3 +66,8 @@ class Draft:
         """`count` of the `pending` tokens of a sequence are computed in this step."""
         self.chunks.append(Chunk(sequence, sequence.num_computed, count, count == pending))
         self.budget -= count
+        if pending > 1:
+            again = sequence.num_reached - sequence.num_computed
+            again = 0 if again < 0 else min(again, count)
+            self.again += again
+            self.prompt_tokens += count - again

@@ -18,6 +18,7 @@ from aqua_jax.paging.pages import PagePool
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.fair import Fair
+from aqua_jax.scheduling.guard import Budget, Guard
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.sequence import Sequence, Standing
 
@@ -31,11 +32,11 @@ class Policy(Protocol):
 
     def bind(
         self, costs: Costs, price: Callable[[Sequence], float],
-        keeps: Callable[[], bool] | None,
+        keeps: Callable[[], bool] | None, guard: Guard,
     ) -> None:
         """Called once, by the scheduler: what things cost; what it costs the others when a running
-        sequence gives way, in decode tokens; and whether there is room now for its pages in a
-        store (None: there are no stores)."""
+        sequence gives way, in decode tokens; whether there is room now for its pages in a store
+        (None: there are no stores); and how much of that may be spent."""
 
     def push(self, sequence: Sequence) -> None:
         """Puts a sequence into the waiting queue: new, forked, or preempted."""
@@ -51,19 +52,19 @@ class Policy(Protocol):
 
     @property
     def growth_steps(self) -> float:
-        """Decode steps for which everyone admitted must find pages, whatever the scheduler's own
-        `growth_tokens`."""
+        """Decode steps of a slice, for which everyone admitted must find pages, whatever the
+        scheduler's own `growth_tokens`; 0: there are no slices."""
 
     def begin(self, now: float, running: int) -> None:
         """A plan begins, with so many sequences running."""
 
-    def admitted(self, sequence: Sequence, lost: int) -> None:
-        """A sequence has left the queue with a slot and pages; `lost` of its pending tokens were
-        computed before. `sequence.switch_price` still tells what its preemption was to cost."""
+    def admitted(self, sequence: Sequence) -> None:
+        """A sequence has left the queue with a slot and pages."""
 
     def yielding(self, head: Sequence, running: Iterable[Sequence]) -> Iterable[Sequence]:
         """Running sequences that may be made to give way to the head of the queue where it does
-        not fit, first to go first. Read before anything changes, perhaps only its beginning."""
+        not fit, first to go first, as many as the guard affords. Read before anything changes,
+        perhaps only its beginning."""
 
     def running_order(self, running: Iterable[Sequence], now: float) -> list[Sequence]:
         """Running sequences, first served first."""
@@ -105,7 +106,7 @@ class _Ranked:
 
     def bind(
         self, costs: Costs, price: Callable[[Sequence], float],
-        keeps: Callable[[], bool] | None,
+        keeps: Callable[[], bool] | None, guard: Guard,
     ) -> None:
         """Ranks don't depend on costs."""
 
@@ -127,10 +128,10 @@ class _Ranked:
     def begin(self, now: float, running: int) -> None:
         """Time doesn't change ranks."""
 
-    def admitted(self, sequence: Sequence, lost: int) -> None:
+    def admitted(self, sequence: Sequence) -> None:
         """Nothing is granted."""
 
-    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> Iterable[Sequence]:
         """Nobody: what runs goes on."""
         return []
 
@@ -176,8 +177,11 @@ class StrictPriority(_Ranked):
 
     Ageing: a sequence that has waited `ageing_s` longer ranks as one level better, so the rank is
     `arrival + ageing_s * priority`, which never changes. Age helps to be admitted, not to take
-    running sequences off: only a better level does that.
+    running sequences off: only a better level does that, at once as long as the guard bears it.
+    Beyond that the better ones wait for the first place that comes free.
     """
+
+    timeless = False  # budgets change who gives way
 
     def __init__(self, ageing_s: float = 30.0) -> None:
         """`ageing_s`: seconds of waiting that make up for one level.
@@ -188,12 +192,25 @@ class StrictPriority(_Ranked):
         if not 0.0 < ageing_s < math.inf:
             raise ConfigError("ageing_s", ageing_s, "seconds > 0")
         super().__init__(lambda s: (s.arrival + ageing_s * s.priority, s.seq_id))
+        self._price: Callable[[Sequence], float] = lambda sequence: 0.0
+        self._budget = Budget(math.inf)
 
-    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> list[Sequence]:
+    def bind(
+        self, costs: Costs, price: Callable[[Sequence], float],
+        keeps: Callable[[], bool] | None, guard: Guard,
+    ) -> None:
+        """What it costs to take somebody off, and how much of that may be spent."""
+        self._price, self._budget = price, guard.turns
+
+    def yielding(self, head: Sequence, running: Iterable[Sequence]) -> Iterator[Sequence]:
         """Those of a worse level and a worse rank, worst first."""
-        rank = self._key(head)
+        rank, price = self._key(head), 0.0
         worse = [s for s in running if s.priority > head.priority and self._key(s) > rank]
-        return sorted(worse, key=self._key, reverse=True)
+        for sequence in sorted(worse, key=self._key, reverse=True):
+            price += self._price(sequence)
+            if not self._budget.bears(price):
+                return
+            yield sequence
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

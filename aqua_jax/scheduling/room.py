@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from aqua_jax.scheduling.cost import Costs
+from aqua_jax.scheduling.guard import Guard
 from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig
 from aqua_jax.scheduling.policies import Policy
@@ -19,16 +20,19 @@ class Room:
 
     def __init__(
         self, config: SchedulerConfig, policy: Policy, holdings: Holdings, costs: Costs,
-        slots: Slots,
+        slots: Slots, guard: Guard,
     ) -> None:
         self._config, self._policy, self._holdings = config, policy, holdings
-        self._costs, self._slots = costs, slots
+        self._costs, self._slots, self._guard = costs, slots, guard
         self._pool, self._residency = holdings.pool, holdings.residency
-        self.bold = self._residency is not None  # running short costs little in this plan
+        # In this plan:
+        self.bold = self._residency is not None  # running short costs little
+        self.careful = False  # running short has cost too much
 
     def begin(self) -> None:
         """A plan begins."""
-        self.bold = self.keeps()
+        self.careful = self._guard.shortages.alarming
+        self.bold = self._guard.shortages.left >= 0.0 and self.keeps()
 
     @property
     def copies(self) -> int:
@@ -62,11 +66,14 @@ class Room:
     def growth(self, sequences: Iterable[Sequence]) -> int:
         """Pages that sequences will ask for soon: in their next `growth_tokens` tokens, or, under a
         policy with slices, in a whole slice if that is longer, counted from the pages they have.
-        With room in stores, in their next `swap_growth_tokens`: running short costs little then."""
+        With room in stores, in their next `swap_growth_tokens`: running short costs little then.
+        When that has cost too much, in all that they may ever ask for: nobody has to go again."""
         size, slice_steps, pages = self._pool.page_tokens, int(self._policy.growth_steps), 0
         horizon = max(self._config.growth_tokens, slice_steps)
         if self.bold:
             horizon = self._config.swap_growth_tokens
+        elif self.careful:
+            horizon = self._config.max_model_len
         for one in sequences:
             known = len(one.tokens) + one.num_inflight
             soon = known + horizon
@@ -165,13 +172,13 @@ class Room:
         return False
 
     def price(self, sequence: Sequence) -> float:
-        """What it costs the others when a sequence gives way, in decode tokens at most."""
+        """What it costs the others when a sequence gives way, in decode tokens."""
         computed = sequence.num_computed
         unsaved = self._holdings.unsaved(sequence, computed)
         kept = not unsaved or self.keeps(self._pool.pages_for(unsaved))
         if kept and self.swaps(computed, unsaved):
             return self._costs.swap(computed, unsaved)
-        return float(computed)
+        return self._costs.recompute(computed)
 
     def dearest(self, tokens: int, pages: int) -> float:
         """The most that a switch costs, in decode tokens, while stores keep what they took.
@@ -183,5 +190,5 @@ class Room:
         """
         stores = () if self._residency is None else self._residency.tiers.stores
         capacity = sum(store.capacity for store in stores if not store.lost)
-        swap = self._costs.swap(tokens, tokens)
-        return swap if pages <= capacity and swap <= self._costs.recompute(tokens) else tokens
+        swap, again = self._costs.swap(tokens, tokens), self._costs.recompute(tokens)
+        return swap if pages <= capacity and swap <= again else again

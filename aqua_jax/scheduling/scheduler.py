@@ -56,6 +56,7 @@ from aqua_jax.scheduling.ahead import Ahead
 from aqua_jax.scheduling.bounds import WaitingBound
 from aqua_jax.scheduling.cost import Costs
 from aqua_jax.scheduling.forks import Queue
+from aqua_jax.scheduling.guard import Guard
 from aqua_jax.scheduling.holdings import Found, Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters, check_request
 from aqua_jax.scheduling.plan import Draft, Plan
@@ -93,9 +94,11 @@ class Scheduler:
         self.costs = costs or Costs(pool.page_tokens)
         self.holdings = Holdings(pool, prefix, residency)
         self.slots = Slots(config.max_num_seqs)
-        self.room = Room(config, policy, self.holdings, self.costs, self.slots)
+        self.guard = Guard(config.switch_share, self.costs)
+        self.room = Room(config, policy, self.holdings, self.costs, self.slots, self.guard)
         self._ahead = Ahead(config, policy, self.holdings, self.costs, self.room)
-        policy.bind(self.costs, self.room.price, None if residency is None else self.room.keeps)
+        keeps = None if residency is None else self.room.keeps
+        policy.bind(self.costs, self.room.price, keeps, self.guard)
         self.counters = SchedulerCounters()
         self.foresight = False  # whether plans say how long they hold
         self._chunk_limit = config.max_chunk_tokens or config.max_step_tokens
@@ -261,7 +264,7 @@ class Scheduler:
             growth -= self.room.growth(victims)
             draining = self.pool.draining > 0
             for victim in victims:
-                self._preempt(victim, draft)
+                self._preempt(victim, draft, turn=True)
             self.counters.switches += len(victims)
             # A newcomer that fits goes in here as well, so that the copies which make room for the
             # next one are under way while its prompt is computed.
@@ -337,18 +340,16 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence, draft: Draft | None) -> None:
+    def _preempt(self, sequence: Sequence, draft: Draft | None, turn: bool = False) -> None:
         """Takes pages and slot away. The KV goes to a store, or is recomputed from the tokens.
 
         Args:
           sequence: running.
           draft: of the present plan; None: the pool's content is gone, and what is in a store
-            already is all there is.
+            already is all there is, and nobody's fault.
+          turn: whether it is because somebody else's has come.
         """
         computed = sequence.num_computed
-        sequence.preemptions += 1
-        sequence.num_dropped = computed
-        self.counters.preemptions += 1
         if draft is not None:
             draft.preempted.append(sequence)
             # A copy into one of its pages must not hit the next owner; without it, though, the page
@@ -357,7 +358,7 @@ class Scheduler:
                 computed -= computed % self.pool.page_tokens
         unsaved = self.holdings.unsaved(sequence, computed)
         sequence.swapped = draft is not None and self.room.swaps(computed, unsaved)
-        sequence.switch_price = float(computed)
+        sequence.switch_price = self.costs.recompute(computed) if draft is not None else 0.0
         keep = 0
         if sequence.swapped:
             keep = computed
@@ -366,22 +367,24 @@ class Scheduler:
             self.policy.on_service(sequence, price=self.costs.swap(0, unsaved))
         elif draft is None:
             keep = computed - unsaved
-        self._vacate(sequence, keep)
-        sequence.returned = -1
-        sequence.status = Status.WAITING
-        self._queue.push(sequence)
+        self._send_back(sequence, keep, turn)
 
     def _lose(self, sequence: Sequence, draft: Draft) -> None:
         """Pages of a sequence did not arrive: it goes back to the queue with those that did."""
         assert self.residency is not None
         sound = self.residency.sound_tokens(sequence)
-        sequence.preemptions += 1
-        sequence.num_dropped = sequence.num_computed
         sequence.swapped, sequence.switch_price = True, 0.0
-        self.counters.preemptions += 1
-        self._vacate(sequence, min(sound, sequence.num_computed))
-        sequence.status = Status.WAITING
         draft.preempted.append(sequence)
+        self._send_back(sequence, min(sound, sequence.num_computed))
+
+    def _send_back(self, sequence: Sequence, keep: int, turn: bool = False) -> None:
+        """To its place in the queue, with so many of its tokens still computed."""
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self.guard.gave_way(sequence, turn)
+        self._vacate(sequence, keep)
+        sequence.returned = -1
+        sequence.status = Status.WAITING
         self._queue.push(sequence)
 
     # Stage 2: waiting sequences.
@@ -421,22 +424,14 @@ class Scheduler:
         self._new.discard(sequence)
         sequence.status = Status.RUNNING
         sequence.slot, sequence.epoch = slot
-        computed = sequence.num_computed
-        if sequence.parent is None:  # what forks share is no merit of the cache
-            if sequence.preemptions == 0:
-                sequence.num_cached_tokens = computed
-            if self.prefix is not None and not sequence.no_prefix_read:
-                self.prefix.count(sequence.total_len, computed)
-        lost = max(0, sequence.num_dropped - computed)
-        sequence.num_lost += lost
-        self.counters.recomputed_tokens += lost
-        self.policy.admitted(sequence, lost)
+        self.holdings.count_hit(sequence)
+        self.counters.recomputed_tokens += self.guard.came_back(sequence)
+        self.policy.admitted(sequence)
         brought = sum(count for home, _, count in found.kept if home is None)
         if found.kept:
             sequence.returned = self.counters.plans
         if brought:
             self.policy.on_service(sequence, price=self.costs.swap(brought, 0))
-        sequence.num_dropped = 0
         return True
 
     # Stage 3: commit.
@@ -471,6 +466,7 @@ class Scheduler:
             self.counters.plans, tuple(draft.chunks), tuple(copies), tuple(draft.preempted),
             num_tokens, moves, moved,
         )
+        self.guard.earn(draft.prompt_tokens, num_tokens - draft.prompt_tokens - draft.again)
         self.counters.plans += 1
         self.counters.tokens += num_tokens
         return plan

@@ -62,11 +62,13 @@ class Sequence:
     num_registered: int = dataclasses.field(default=0, init=False)  # leading pages offered to cache
     num_cached_tokens: int = dataclasses.field(default=0, init=False)  # found at first admission
     num_dropped: int = dataclasses.field(default=0, init=False)  # KV tokens of the last preemption
+    num_reached: int = dataclasses.field(default=0, init=False)  # KV tokens it had, giving way
     num_lost: int = dataclasses.field(default=0, init=False)  # dropped and computed again, in all
     preemptions: int = dataclasses.field(default=0, init=False)
     swapped: bool = dataclasses.field(default=False, init=False)  # the last time it gave way
     returned: int = dataclasses.field(default=-1, init=False)  # plan of a return; -1: it has run
     switch_price: float = dataclasses.field(default=0.0, init=False)  # of that, in decode tokens
+    gave_turn: bool = dataclasses.field(default=False, init=False)  # to whose turn it was
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)

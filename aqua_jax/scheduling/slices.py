@@ -1,9 +1,9 @@
-"""How long a slice is, and how much may be spent on switching.
+"""How long a slice is.
 
 A slice is the number of decode steps that an admitted sequence may count on. After them it goes on
-until somebody who has had less needs its place. Short slices give early first tokens and short
-gaps; each switch costs copies to a store and back, or without one a recomputation of everything the
-sequence knows (`cost.py`).
+until somebody who has had less needs its place, and the switch is paid for (`guard.py`). Short
+slices give early first tokens and short gaps; each switch costs copies to a store and back, or
+without one a recomputation of everything the sequence knows (`cost.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from aqua_jax.errors import ConfigError
 
 _SMOOTHING = 0.1  # weight of the newest step in the running mean of step times
 _LONGEST_STEP_S = 1.0  # longer pauses between plans are idleness, not steps
-_SAVINGS_TOKENS = 100_000  # the guard's budget is what so many tokens earn, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceConfig:
-    """The length of slices and the bound on what switching costs.
+    """The length of slices.
 
     Raises:
       ConfigError: a field is out of range.
@@ -29,7 +28,6 @@ class SliceConfig:
 
     slice_steps: int | float | Literal["auto"] = "auto"  # decode steps; math.inf: no slices
     tbt_slo_s: float = 0.0  # auto: longest gap aimed at, in seconds; 0: as short as it goes
-    recompute_share: float = 0.2  # auto: of all computed tokens, those spent on switching
     min_slice_steps: int = 16  # auto
     idle_share: float = 0.05  # auto: of pages' time, what they spend changing hands
     max_slice_steps: int = 256  # auto
@@ -44,8 +42,6 @@ class SliceConfig:
             raise ConfigError("slice_steps", steps, '"auto", an integer >= 1, or infinity')
         if not 0 <= self.tbt_slo_s < math.inf:
             raise ConfigError("tbt_slo_s", self.tbt_slo_s, "seconds >= 0")
-        if not 0 < self.recompute_share < 1:
-            raise ConfigError("recompute_share", self.recompute_share, "between 0 and 1")
         if not 0 < self.idle_share < 1:
             raise ConfigError("idle_share", self.idle_share, "between 0 and 1")
         if not 1 <= self.min_slice_steps <= self.max_slice_steps:
@@ -56,17 +52,14 @@ class SliceConfig:
 
 
 class Slices:
-    """The length of the next slice, and the budget for switches.
+    """The length of the next slice.
 
-    Automatic slices adapt in three ways. Where pages are kept in a store, a switch makes them
+    Automatic slices adapt in two ways. Where pages are kept in a store, a switch makes them
     useless for as long as copies take, `switch_steps`; slices are long enough for that to be
     `idle_share` of the time. They follow `tbt_slo_s`: a sequence that gave way comes back after the
     others' slices, about `live / running` of them, so slices as long as `slo * running / live` keep
-    the gap and switch no more than they must.
-    On top comes the *guard*: a switch that will recompute R tokens is made only when `share / (1 -
-    share) * (other tokens computed)` covers it. So the slices that really happen get longer with
-    what a switch costs, (1 - share) / share * R tokens on average, and at most `recompute_share` of
-    all tokens goes into switching, from the start on and not just in the long run.
+    the gap and switch no more than they must. The slices that really happen get longer, whatever
+    their length is to be, where the guard doesn't afford the switches.
     """
 
     def __init__(self, config: SliceConfig) -> None:
@@ -76,9 +69,6 @@ class Slices:
             float(config.min_slice_steps) if config.slice_steps == "auto"
             else float(config.slice_steps)
         )
-        self._rate = config.recompute_share / (1 - config.recompute_share)
-        self._most = self._rate * _SAVINGS_TOKENS
-        self._budget = 0.0  # tokens that may be recomputed
         self._step_s = 0.0
         self._planned_at: float | None = None
 
@@ -86,16 +76,6 @@ class Slices:
     def steps(self) -> float:
         """Decode steps of a slice granted now; infinite when there are no slices."""
         return self._steps
-
-    @property
-    def growth_steps(self) -> float:
-        """Decode steps that an admission must leave room for: a slice, so that nobody gives way in
-        the middle of one; or the longest, while more has been recomputed than was to be, for
-        pages run short as long as admissions are bold."""
-        if self._steps == math.inf:
-            return 0.0
-        bold = self._auto and self.overdrawn > 0.0
-        return float(self.config.max_slice_steps) if bold else self._steps
 
     def observe(self, now: float, live: int, running: int, switch_steps: float = 0.0) -> None:
         """Called once per plan; adapts the length to the time a step takes and to the load.
@@ -123,27 +103,3 @@ class Slices:
             others = max(1.0, live / max(1, running) - 1.0)  # slices until one comes back
             steps = int(self.config.tbt_slo_s / (self._step_s * others))
             self._steps = float(min(max(steps, least), limits.max_slice_steps))
-
-    def earn(self, tokens: int) -> None:
-        """Tokens were computed for the first time."""
-        self._budget += self._rate * tokens
-        if self._budget > self._most:
-            self._budget = self._most
-
-    def spend(self, tokens: float) -> None:
-        """A switch costs as much as so many tokens (negative: less than was charged before)."""
-        self._budget -= tokens
-
-    @property
-    def overdrawn(self) -> float:
-        """Tokens that switches cost beyond what was earned."""
-        return max(0.0, -self._budget)
-
-    @property
-    def guarded(self) -> bool:
-        """Whether `affords` may ever say no."""
-        return self._auto
-
-    def affords(self, tokens: float) -> bool:
-        """Whether a switch may cost so many tokens."""
-        return not self._auto or tokens <= self._budget

@@ -21,6 +21,7 @@ from typing import Protocol
 from aqua_jax.paging.moves import Move
 from aqua_jax.paging.pages import PagePool
 from aqua_jax.paging.residency import Residency
+from aqua_jax.scheduling.guard import Guard
 from aqua_jax.scheduling.holdings import Holdings
 from aqua_jax.scheduling.limits import SchedulerConfig, SchedulerCounters
 from aqua_jax.scheduling.plan import Draft, Plan
@@ -41,6 +42,7 @@ class Scheduler(Protocol):
     holdings: Holdings
     room: Room
     slots: Slots
+    guard: Guard
 
 
 def holds(scheduler: Scheduler, plan: Plan, running: Collection[Sequence]) -> int:
@@ -124,7 +126,7 @@ class Coast:
         self._ordered = False
         self._head: Sequence | None = None  # known not to fit, with
         self._available = -1  # so many pages and
-        self._room = (0.0, False)  # slices so long, and stores that have room or not
+        self._room = (0.0, False, False)  # slices so long, and admissions so bold or careful
 
     def step(self, now: float) -> bool:
         """Plans one more step like the last one; False: the next plan may be another, and none was
@@ -177,7 +179,7 @@ class Coast:
         """Whether the head of the queue gets no place, neither a free one nor another's."""
         scheduler = self._scheduler
         policy, pool, room = scheduler.policy, scheduler.pool, scheduler.room
-        given = policy.growth_steps, room.bold
+        given = policy.growth_steps, room.bold, room.careful
         known = (
             head is self._head and pool.available <= self._available and given == self._room
         )
@@ -219,5 +221,6 @@ class Coast:
                 register(sequence)
             if serve is not None:
                 serve(sequence, tokens=1)
+        scheduler.guard.earn(0, len(self.order))
         scheduler.counters.plans += 1
         scheduler.counters.tokens += len(self.order)

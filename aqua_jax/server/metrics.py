@@ -158,6 +158,14 @@ _PLAIN = {
         "aqua_waiting_bound_steps", False,
         "Steps that nobody who could run waits longer than, under the present load.",
     ),
+    "turn_budget": (
+        "aqua_turn_budget", False,
+        "Decode tokens' time that others' turns may cost now (--switch_share); below 0: overdrawn.",
+    ),
+    "shortage_budget": (
+        "aqua_shortage_budget", False,
+        "Decode tokens' time that running short of pages may cost now; below 0: overdrawn.",
+    ),
     "live_requests": ("aqua_requests_live", False, "Requests accepted and not ended."),
     "requests_added": ("aqua_requests", True, "Requests accepted."),
     "requests_finished": ("aqua_requests_finished", True, "Requests ended, however."),

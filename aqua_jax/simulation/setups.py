@@ -33,6 +33,7 @@ NAMES = (*POLICIES, "vllm", "vtc", "aqua_reference")
 SLICED = ("fair", "aqua_reference")
 WEIGHING = ("fair", "vtc")  # users
 _RECOMPUTING = ("fcfs", "vllm", "vtc")
+_UNGUARDED = ("vllm", "vtc")  # what they model has no thrash guard
 _MAX_MOVES = 1024  # of a step, as the engine has them
 
 
@@ -131,10 +132,13 @@ def build(setup: Setup, system: System, limits: Limits) -> tuple[SchedulerLike, 
         config = SchedulerConfig(limits.max_num_seqs, limits.max_step_tokens, limited)
         steps = SLICE_STEPS if setup.slice_steps is None else setup.slice_steps or sys.maxsize
         return AquaReference(config, pool, make_stores(system), steps), queue
-    growth = {"growth_tokens": 0} if setup.policy == "vllm" else {}
     config = SchedulerConfig(
-        limits.max_num_seqs, limits.max_step_tokens, limited, max_moves=_MAX_MOVES, **growth
+        limits.max_num_seqs, limits.max_step_tokens, limited, max_moves=_MAX_MOVES
     )
+    if setup.policy in _UNGUARDED:
+        config = dataclasses.replace(config, switch_share=1.0)
+    if setup.policy == "vllm":
+        config = dataclasses.replace(config, growth_tokens=0)
     stores_here = make_stores(system)
     residency = Residency(pool, stores_here) if stores_here else None
     page_s = system.page_bytes / system.links[0].bytes_per_s if system.links else 0.0

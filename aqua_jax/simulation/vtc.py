@@ -42,7 +42,7 @@ class VirtualTokenCounter:
 
     def bind(
         self, costs: Any, price: Callable[[Sequence], float],
-        keeps: Callable[[], bool] | None,
+        keeps: Callable[[], bool] | None, guard: Any,
     ) -> None:
         """Tokens are counted at fixed prices."""
 
@@ -91,7 +91,7 @@ class VirtualTokenCounter:
     def begin(self, now: float, running: int) -> None:
         """Time doesn't count."""
 
-    def admitted(self, sequence: Sequence, lost: int) -> None:
+    def admitted(self, sequence: Sequence) -> None:
         """Notes who was served last."""
         self._last = sequence.user
         self._admissions[sequence] = self._number

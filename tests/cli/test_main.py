@@ -218,7 +218,7 @@ def test_flags_set_every_field():
         "--kv_dtype=float32",
         "--kv_cache_tokens=4096", "--page_tokens=32",
         "--max_model_len=99", "--max_num_seqs=3", "--max_step_tokens=77", "--max_chunk_tokens=7",
-        "--noprefix_caching", "--policy=priority",
+        "--noprefix_caching", "--policy=priority", "--switch_share=0.3",
         "--host_kv_memory=0", "--peer=/run/p", "--peer_kv_memory=1GiB", "--verify_pages",
         "--lend=auto", "--coordinator=/run/c", "--lend_kv_memory=1MiB", "--lend_reserve=0.2",
         "--lend_hold_s=3", "--lend_deadline_s=4", "--lend_bandwidth=0",

@@ -42,6 +42,7 @@ class Machine:
     max_moves: int = 256
     max_switches: int = 8
     growth_tokens: int = 0
+    switch_share: float = 0.1  # of all time, what changing places may take
     prefix: bool = False
     farthest: bool = True
     seed: int = 0
@@ -75,6 +76,7 @@ class History:
                 machine.max_num_seqs, machine.max_step_tokens, 4000,
                 growth_tokens=machine.growth_tokens, max_moves=machine.max_moves,
                 write_behind_pages=machine.write_behind, max_switches=machine.max_switches,
+                switch_share=machine.switch_share,
             ),
             policy, self.pool, PrefixCache(self.pool) if machine.prefix else None,
             self.residency, Costs(PAGE_TOKENS, CostConfig(moved_page=machine.page_price)),

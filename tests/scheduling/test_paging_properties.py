@@ -58,6 +58,7 @@ class Case:
     page_price: float
     failures: float
     slowness: float
+    switch_share: float
     lender: str
     lenders: int  # that each have a part of every slot
     paced: int  # pages that lenders let be copied in a tenth of a second; 0: any number
@@ -77,6 +78,7 @@ def cases() -> st.SearchStrategy[Case]:
         slice_steps=st.sampled_from([1, 2, 5, 100, math.inf, "auto"]),
         max_moves=st.sampled_from([1, 3, 100]), write_behind=st.sampled_from([0, 1, 8]),
         page_price=st.sampled_from([1e-3, 1e-3, 1.0]),
+        switch_share=st.sampled_from([1.0, 0.1, 1e-6]),
         failures=st.sampled_from([0.0, 0.0, 0.1, 0.7]), slowness=st.sampled_from([0.0, 0.3, 0.7]),
         lender=st.sampled_from(["calm", "wants", "dies"]), lenders=st.sampled_from([1, 1, 2]),
         paced=st.sampled_from([0, 0, 1, 5]), resets=st.sampled_from([0.0, 0.0, 0.03]),
@@ -114,7 +116,7 @@ class Run:
             SchedulerConfig(
                 case.max_num_seqs, max(case.max_step_tokens, case.max_num_seqs), 1000,
                 growth_tokens=case.growth_tokens, max_moves=case.max_moves,
-                write_behind_pages=case.write_behind,
+                write_behind_pages=case.write_behind, switch_share=case.switch_share,
             ),
             self.policy, self.pool, PrefixCache(self.pool) if case.prefix_caching else None,
             self.residency, Costs(case.page_tokens, CostConfig(moved_page=case.page_price)),
@@ -249,8 +251,8 @@ def test_with_room_in_a_store_nothing_is_computed_twice(policy: str) -> None:
         policy=policy, page_tokens=4, num_pages=16, peer_slots=0, host_slots=400, max_num_seqs=8,
         max_step_tokens=32, growth_tokens=4, prefix_caching=False, farthest=True, run_ahead=1,
         num_requests=20, abort_rate=0.0, slice_steps=4, max_moves=100, write_behind=8,
-        page_price=1e-3, failures=0.0, slowness=0.2, lender="calm", lenders=1, paced=0, resets=0.0,
-        seed=1,
+        page_price=1e-3, failures=0.0, slowness=0.2, switch_share=0.1, lender="calm", lenders=1,
+        paced=0, resets=0.0, seed=1,
     )
     run = Run(case)
     for _ in range(case.num_requests):

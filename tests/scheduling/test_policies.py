@@ -67,9 +67,9 @@ def test_lower_priority_runs_first_and_takes_the_place_of_higher_ones():
         sequence.priority = priority
     urgent = Sequence(7, "urgent", [1], 2, arrival=3.0, priority=1)
     policy.push(urgent)
-    assert policy.yielding(urgent, running) == [running[2], running[1]]
+    assert list(policy.yielding(urgent, running)) == [running[2], running[1]]
     urgent.priority = 2
-    assert policy.yielding(urgent, running) == []
+    assert list(policy.yielding(urgent, running)) == []
 
 
 def test_age_makes_up_for_priority_but_takes_nobody_off():
@@ -84,7 +84,7 @@ def test_age_makes_up_for_priority_but_takes_nobody_off():
         order.append(policy.head(0.0))
         policy.remove(order[-1])
     assert order == [soon, old, late]
-    assert policy.yielding(old, [late]) == []
+    assert list(policy.yielding(old, [late])) == []
 
 
 @pytest.mark.parametrize("ageing_s", [0.0, -1.0, float("inf")])

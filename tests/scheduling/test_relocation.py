@@ -89,6 +89,7 @@ def shape(pages: int, rng: random.Random) -> tuple[int, int, int]:
         page_tokens=1, num_pages=20, max_num_seqs=5, max_step_tokens=15, growth_tokens=100,
         max_chunk_tokens=3, prefix_caching=True, run_ahead=0, num_requests=16, arrival_rate=0.2,
         abort_rate=0.0, seed=3483831765, slice_steps=2, credit_share=0.1,
+        switch_share=1.0,
     ), policy="fair", seed=119,
 )
 @settings(max_examples=scaled(60), deadline=None)

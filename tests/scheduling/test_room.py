@@ -68,7 +68,7 @@ def test_what_a_switch_costs_at_most_depends_on_whether_stores_hold_everyone():
     room = history.scheduler.room
     copied = history.scheduler.costs.swap(100, 100)
     assert copied < 100
-    assert (room.dearest(100, 8), room.dearest(100, 9)) == (copied, 100)
+    assert (room.dearest(100, 8), room.dearest(100, 9)) == (copied, 25)
     history.close()
 
 

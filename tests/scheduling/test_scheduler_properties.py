@@ -42,8 +42,10 @@ class Case:
     seed: int
     slice_steps: int | float | str  # of `fair`
     credit_share: float
+    switch_share: float
 
 
+SWITCH_SHARES = (1.0, 0.1, 1e-6)  # with the last one, the guard is nearly always overdrawn
 POLICIES: dict[str, Callable[[Case], Policy]] = {
     "fcfs": lambda case: FirstComeFirstServed(),
     "priority": lambda case: StrictPriority(ageing_s=3.0),
@@ -73,6 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=draw(st.integers(0, 2**32)),
         slice_steps=draw(st.sampled_from([1, 2, 5, 100, math.inf, "auto"])),
         credit_share=draw(st.sampled_from([0.0, 0.1, 0.9])),
+        switch_share=draw(st.sampled_from(SWITCH_SHARES)),
     )
 
 
@@ -89,7 +92,7 @@ class Run:
         self.scheduler = Scheduler(
             SchedulerConfig(
                 case.max_num_seqs, case.max_step_tokens, 1000, case.max_chunk_tokens,
-                case.growth_tokens,
+                case.growth_tokens, switch_share=case.switch_share,
             ),
             self.policy, self.pool, PrefixCache(self.pool) if case.prefix_caching else None,
         )

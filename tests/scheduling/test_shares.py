@@ -44,12 +44,13 @@ class Case:
     output: int  # at least, and less than twice that
     slice_steps: int
     page_price: float
+    switch_share: float
 
 
 CASES = [
-    Case((3, 2, 2), (8, 8, 14), 6, 4, 0.5),
-    Case((8, 3, 4), (8, 8, 8), 20, 5, 1e-3),
-    Case((8, 3, 4), (8, 8, 40), 20, 5, 0.5),
+    Case((3, 2, 2), (8, 8, 14), 6, 4, 0.5, 1.0),
+    Case((8, 3, 4), (8, 8, 8), 20, 5, 1e-3, 0.1),
+    Case((8, 3, 4), (8, 8, 40), 20, 5, 0.5, 1.0),
 ][: at_scale(1, 3)]
 
 
@@ -58,7 +59,7 @@ def test_equally_backlogged_users_get_equal_service(case: Case) -> None:
     policy = Fair(FairConfig(SliceConfig(case.slice_steps), prefill_cost=0.5))
     history = History(Machine(
         num_pages=60, max_num_seqs=3, max_step_tokens=64, host_slots=2000,
-        page_price=case.page_price,
+        page_price=case.page_price, switch_share=case.switch_share,
     ), policy)
     history.state_every = 10  # steps; the load is much the same all the time
     users = {name: (case.counts[i], case.prompts[i]) for i, name in enumerate("abc")}
@@ -88,7 +89,10 @@ def test_equally_backlogged_users_get_equal_service(case: Case) -> None:
 @pytest.mark.parametrize("host_slots", [0, 20_000])
 def test_one_request_among_anothers_thousand_is_served_within_its_bound(host_slots: int) -> None:
     history = History(
-        Machine(num_pages=80, max_num_seqs=4, max_step_tokens=64, host_slots=host_slots),
+        Machine(
+            num_pages=80, max_num_seqs=4, max_step_tokens=64, host_slots=host_slots,
+            switch_share=0.15 if host_slots else 1.0,  # where turns are dear, it waits for an end
+        ),
         Fair(FairConfig(SliceConfig(8))),
     )
     with_it: Any = {"user": "crowd"}

@@ -37,6 +37,7 @@ def random_history(seed: int) -> History:
         write_behind=choose([0, 2, 64]), growth_tokens=choose([0, 4, 48]),
         prefix=rng.random() < 0.5, farthest=rng.random() < 0.8, seed=seed,
         max_switches=(8, 8, 1)[seed % 3],
+        switch_share=1.0 if seed % 4 == 2 or seed % 10 == 5 else (0.1, 0.3)[seed % 8 // 4],
     )
     policy = Fair(FairConfig(SliceConfig(
         choose([1, 2, 3, 8] if sharp else [1, 2, 3, 8, 20, "auto"]), min_slice_steps=4,
@@ -96,7 +97,10 @@ def test_whoever_is_admitted_gets_a_token_before_it_gives_way(seed: int) -> None
 @pytest.mark.parametrize("host_slots", [0, 2000])
 def test_what_ran_while_nobody_waited_is_no_claim(host_slots: int) -> None:
     history = History(
-        Machine(num_pages=260, max_num_seqs=10, max_step_tokens=600, host_slots=host_slots),
+        Machine(
+            num_pages=260, max_num_seqs=10, max_step_tokens=600, host_slots=host_slots,
+            switch_share=0.1 if host_slots else 1.0,
+        ),
         Fair(FairConfig(SliceConfig(4))),
     )
     for _ in range(2):

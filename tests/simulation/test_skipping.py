@@ -53,6 +53,7 @@ class Case:
     growth: int
     prefix: bool
     farthest: bool
+    switch_share: float
 
     @classmethod
     def draw(cls, seed: int) -> Case:
@@ -74,6 +75,7 @@ class Case:
             requests, stops, pages, rng.choice([0, 10, 200]), rng.choice([3, 8, 16]),
             rng.choice([1e3, 2e4, 1e6]), rng.choice([0, 1, 1, 2]), rng.choice([0.0, 0.01, 0.2]),
             rng.choice([0, 5, 48]), rng.random() < 0.7, rng.random() < 0.7,
+            rng.choice([1.0, 0.1, 1e-6]),
         )
 
     def run(self, policy: Policy, skip: bool) -> tuple[Outcome, dict[int, str], Scheduler]:
@@ -83,7 +85,10 @@ class Case:
         )
         stores = [SlotStore("host", self.slots, 400)] if self.slots else []
         one = Scheduler(
-            SchedulerConfig(self.seqs, 40, self.pages * SIZE, growth_tokens=self.growth),
+            SchedulerConfig(
+                self.seqs, 40, self.pages * SIZE, growth_tokens=self.growth,
+                switch_share=self.switch_share,
+            ),
             policy, pool, PrefixCache(pool) if self.prefix else None,
             Residency(pool, stores) if stores else None, Costs(SIZE),
         )
@@ -166,7 +171,7 @@ def test_pages_end_it_as_well() -> None:
     """Ten pages, two sequences of up to 40 tokens: somewhere one has to give way."""
     case = Case(
         [TraceRequest(0.0, 3, 30), TraceRequest(0.0, 3, 30)], [30, 30], 10, 0, 4, 1e6, 1, 0.0, 0,
-        True, True,
+        True, True, 1.0,
     )
     outcome, digests, _ = case.run(FirstComeFirstServed(), skip=True)
     assert outcome.counters.preemptions == 1

@@ -22,7 +22,7 @@ def sequence(number: int, user: str, prompt: int = 10, weight: float = 1.0) -> S
 
 def serve(policy: VirtualTokenCounter, one: Sequence, tokens: int) -> None:
     policy.remove(one)
-    policy.admitted(one, 0)
+    policy.admitted(one)
     policy.on_service(one, tokens=tokens)
 
 
