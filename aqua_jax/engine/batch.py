@@ -14,6 +14,7 @@ moves.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import math
@@ -50,8 +51,8 @@ class VectorLayout:
         return vector[place].reshape(shape)
 
     def fill(self, vector: np.ndarray, *values: list[int]) -> None:
-        """Writes the first fields of a host vector, padded with zeros: one conversion in all, for
-        between two steps each NumPy call finds its code out of the caches and takes some 8 us.
+        """Writes the first fields of a host vector, padded with zeros: one conversion in all, and
+        not NumPy's, for between two steps its code is out of the caches and takes some 8 us a call.
 
         Raises:
           ValueError: a list is longer than its field.
@@ -62,7 +63,16 @@ class VectorLayout:
             if len(flat) > place.stop:
                 raise ValueError(f"{name}: got {len(value)}; allowed: {place.stop - place.start}")
             flat += [0] * (place.stop - len(flat))
-        vector[: len(flat)] = flat
+        vector.data[: len(flat)] = array.array("i", flat)
+
+    def put(self, vector: np.ndarray, name: str, packed: bytes) -> None:
+        """Writes bytes into a host vector, from a field's beginning on.
+
+        Raises:
+          ValueError: there are more than the vector has.
+        """
+        start = 4 * self.slices[name][0].start
+        vector.data.cast("B")[start : start + len(packed)] = packed
 
     def unpack(self, vector: jax.Array) -> Iterator[tuple[str, jax.Array]]:
         """Fields of a device vector, by name (traced slices)."""
@@ -85,21 +95,17 @@ class MoveVector:
         return VectorLayout(MoveVector.fields(max_moves))
 
     @staticmethod
-    def write(
-        layout: VectorLayout, vector: np.ndarray, moves: np.ndarray, head: np.ndarray
-    ) -> None:
-        """Puts moves i32[n, MOVE_WORDS] and their head i32[3] into a fresh vector.
+    def write(layout: VectorLayout, vector: np.ndarray, packed: bytes) -> None:
+        """Puts moves and their head (`ops.moves.MoveBatch.packed`) into a fresh vector.
 
         Raises:
-          ValueError: n > N.
+          ValueError: there are more moves than N.
         """
-        room = layout.view(vector, "moves")
-        if len(moves) > len(room):
-            raise ValueError(
-                f"page moves: got {len(moves)}; allowed: at most {len(room)} in one step"
-            )
-        room[: len(moves)] = moves
-        layout.view(vector, "move_head")[:] = head
+        most = layout.slices["moves"][1][0]
+        found = (len(packed) - 4 * 3) // (4 * MOVE_WORDS)
+        if found > most:
+            raise ValueError(f"page moves: got {found}; allowed: at most {most} in one step")
+        layout.put(vector, "move_head", packed)
 
 
 @functools.partial(

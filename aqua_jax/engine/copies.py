@@ -13,15 +13,17 @@ import ctypes
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 
 from aqua_jax.memory.split import SplitStore
 from aqua_jax.memory.stores import HostStore, PeerStore
 from aqua_jax.ops import moves as copy_queue
-from aqua_jax.ops.moves import MoveBatch, MovePool, Part, Segment, Status
+from aqua_jax.ops.moves import Copy, MoveBatch, MovePool, Segment, Status
 from aqua_jax.ops.spaces import Spaces
 
 OwnedStore = HostStore | PeerStore | SplitStore
+
+_PENDING, _DONE = int(Status.PENDING), int(Status.DONE)
+_DIGIT = 2**64 - 1
 
 
 class SlotMemory:
@@ -29,6 +31,9 @@ class SlotMemory:
 
     By address: a view that a segment kept alive would keep lent memory mapped after its store is
     closed. It is retired before that.
+
+    Attributes:
+      alone: the segment that all of it is, if each slot is one device's; None: it isn't so.
     """
 
     def __init__(self, store: OwnedStore, devices: int) -> None:
@@ -52,8 +57,9 @@ class SlotMemory:
         self._layout = [
             (self._segments[home], parts[home].slot_bytes, place * each) for home, place in homes
         ]
-        _, stride, place = self._layout[0]
-        self._alone = devices == 1 and (stride, place) == (self._slot_bytes, 0)
+        segment, stride, place = self._layout[0]
+        alone = devices == 1 and (stride, place) == (self._slot_bytes, 0)
+        self.alone = segment if alone else None
 
     @property
     def live(self) -> bool:
@@ -72,9 +78,6 @@ class SlotMemory:
     def places(self, offsets: Sequence[int]) -> Iterator[tuple[Segment, list[int]]]:
         """For each device: its segment, and where in it are its parts of the slots that start at
         `offsets` of the store."""
-        if self._alone:
-            yield self._segments[0], list(offsets)
-            return
         slots = [offset // self._slot_bytes for offset in offsets]
         for segment, stride, place in self._layout:
             yield segment, [slot * stride + place for slot in slots]
@@ -119,27 +122,57 @@ class PoolCopies:
         """An empty batch for at most so many moves."""
         return Batch([MoveBatch(capacity, pool) for pool in self._pools])
 
-    @staticmethod
-    def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What has become of moves; never waits.
 
-        Args:
-          tickets: u64[n, N], as `Batch` gave them.
+class Tickets:
+    """Of moves under way, N each, in the order in which the moves were added."""
 
-        Returns:
-          i32[n] `Status` of each move: PENDING as long as one of its copies is, then the first
-          one's that isn't DONE; and u64[n, N] checksums (0 where none was computed).
-        """
-        each, sums = copy_queue.poll(tickets.reshape(-1))
-        sums = sums.reshape(tickets.shape)
-        if tickets.shape[1] == 1:
-            return each, sums
-        statuses, *others = each.reshape(tickets.shape).T
-        for later in others:
-            pending = (statuses == Status.PENDING) | (later == Status.PENDING)
-            worse = np.where(statuses == Status.DONE, later, statuses)
-            statuses = np.where(pending, Status.PENDING, worse)
-        return statuses, sums
+    def __init__(self, devices: int) -> None:
+        """`devices`: N."""
+        self._each = [copy_queue.Tickets() for _ in range(devices)]
+
+    def __len__(self) -> int:
+        return len(self._each[0])
+
+    def add(self, tickets: Sequence[range]) -> None:
+        """More of them, as `Batch.add` gave them."""
+        for own, more in zip(self._each, tickets, strict=True):
+            own.add(more)
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Forgets all but the moves at these places."""
+        self._each = [own.chosen(indices) for own in self._each]
+
+    def wait(self, indices: Sequence[int], timeout: float) -> bool:
+        """Waits until none of these moves is PENDING; False after `timeout` seconds."""
+        asked = copy_queue.Tickets()
+        for own in self._each:
+            asked.add(own.chosen(indices))
+        return asked.wait(timeout)
+
+    def poll(self) -> list[int]:
+        """`Status` of each move: PENDING as long as one of its copies is, then the first one's that
+        isn't DONE. Never waits."""
+        return _worst([own.poll() for own in self._each])
+
+    def poll_sums(self) -> tuple[list[int], list[int]]:
+        """As `poll`, and the checksums, 0 where none was computed: those of N copies as one number
+        with N digits of 64 bits."""
+        found = [own.poll_sums() for own in self._each]
+        sums = found[0][1]
+        for device, (_, more) in enumerate(found[1:], 1):
+            sums = [low | high << 64 * device for low, high in zip(sums, more, strict=True)]
+        return _worst([statuses for statuses, _ in found]), sums
+
+
+def _worst(each: list[list[int]]) -> list[int]:
+    """What becomes of moves whose copies have become that."""
+    worst = each[0]
+    for later in each[1:]:
+        worst = [
+            _PENDING if _PENDING in (one, other) else other if one == _DONE else one
+            for one, other in zip(worst, later, strict=True)
+        ]
+    return worst
 
 
 class Batch:
@@ -149,57 +182,28 @@ class Batch:
         """`batches`: an empty one for each device."""
         self._batches = batches
 
-    def copy_out(
-        self, pages: Sequence[int], memory: SlotMemory, offsets: Sequence[int], part: Part,
-        *, checksum: bool,
-    ) -> np.ndarray:
-        """Copies pages to slots at `offsets` of the store: u64[n, N] tickets.
+    def add(self, copies: Sequence[Copy], memory: SlotMemory, *, inward: bool) -> list[range]:
+        """Copies pages to slots of a store, or back: tickets for each device.
 
-        Otherwise as `ops.moves.MoveBatch.copy_out`; `part` is of one device's page.
+        Otherwise as `ops.moves.MoveBatch.add`. `offset` of a copy is that of the slot in the store,
+        `part` is of one device's page, `checksum` as `Tickets.poll_sums` has it.
         """
-        return _side_by_side([
-            batch.copy_out(pages, segment, places, part=part, checksum=checksum)
-            for batch, (segment, places) in zip(
-                self._batches, memory.places(offsets), strict=True
+        if memory.alone is not None:
+            return [self._batches[0].add(copies, memory.alone, inward=inward)]
+        places = memory.places([copy.offset for copy in copies])
+        return [
+            batch.add(
+                [
+                    Copy(page, place, part, None if sums is None else sums >> 64 * device & _DIGIT)
+                    for (page, _, part, sums), place in zip(copies, here, strict=True)
+                ],
+                segment, inward=inward,
             )
-        ])
-
-    def copy_in(
-        self, pages: Sequence[int], memory: SlotMemory, offsets: Sequence[int], part: Part,
-        *, checksums: Sequence[int] | None,
-    ) -> np.ndarray:
-        """The way back, compared with `numbers` of the checksums of the way out, if given."""
-        return _side_by_side([
-            batch.copy_in(
-                pages, segment, places, part=part,
-                checksums=None if checksums is None else _digits(checksums, device),
+            for device, (batch, (segment, here)) in enumerate(
+                zip(self._batches, places, strict=True)
             )
-            for device, (batch, (segment, places)) in enumerate(
-                zip(self._batches, memory.places(offsets), strict=True)
-            )
-        ])
+        ]
 
-    def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """i32[n, MOVE_WORDS] and a head i32[3]; for N > 1 devices [N, n, MOVE_WORDS] and [N, 3]."""
-        moves = [batch.moves()[: batch.count] for batch in self._batches]
-        heads = [batch.head() for batch in self._batches]
-        return (moves[0], heads[0]) if len(moves) == 1 else (np.stack(moves), np.stack(heads))
-
-
-def _side_by_side(tickets: list[np.ndarray]) -> np.ndarray:
-    """u64[n, N] of N times u64[n]."""
-    return tickets[0][:, None] if len(tickets) == 1 else np.stack(tickets, axis=1)
-
-
-def numbers(checksums: np.ndarray) -> list[int]:
-    """Checksums u64[n, N] as one number a move, with N digits of 64 bits."""
-    found = checksums[:, 0].tolist()
-    for device in range(1, checksums.shape[1]):
-        more = checksums[:, device].tolist()
-        found = [low | high << 64 * device for low, high in zip(found, more, strict=True)]
-    return found
-
-
-def _digits(numbers: Sequence[int], device: int) -> np.ndarray:
-    """A device's checksums, u64[n]: the inverse of `numbers`."""
-    return np.array([number >> 64 * device & 2**64 - 1 for number in numbers], np.uint64)
+    def packed(self) -> list[bytes]:
+        """For each device what `engine.batch.MoveVector` writes; nothing if nothing moves."""
+        return [batch.packed() for batch in self._batches if batch.count]

@@ -19,26 +19,25 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import jax
-import numpy as np
 
 from aqua_jax.engine.borrowing import Borrowing
-from aqua_jax.engine.copies import OwnedStore, PoolCopies, SlotMemory, numbers
+from aqua_jax.engine.copies import OwnedStore, PoolCopies, SlotMemory, Tickets
 from aqua_jax.engine.shifts import Shifter
 from aqua_jax.errors import StaleHandleError
 from aqua_jax.memory.lease import Bell
 from aqua_jax.memory.stores import HostStore
 from aqua_jax.ops import moves as copy_queue
 from aqua_jax.ops import pinning
-from aqua_jax.ops.moves import Part, Status
+from aqua_jax.ops.moves import Copy, Part, Status
 from aqua_jax.ops.spaces import Spaces
 from aqua_jax.paging.moves import Move, Shift, Store
 from aqua_jax.paging.stored import Tiers
 
-Copy = Callable[[Shift], None]
+ShiftCopy = Callable[[Shift], None]
 
 # Between two looks at the queue while waiting: a page of 384 KiB takes about 40 us to copy.
 _NAP_S = 100e-6
@@ -51,6 +50,10 @@ _CLIMB_BYTES, _CALM_S, _REST_S = 8 << 20, 1.0, 0.01
 # What a lender wants is copied in a moment, and would else be given back a step later; the device
 # has a step to run meanwhile.
 _RESPOND_S = 0.02
+
+
+def _slot(move: Move) -> int:
+    return move.slot.id
 
 
 class Planner(Protocol):
@@ -71,7 +74,7 @@ class Planner(Protocol):
     def tiers(self) -> Tiers:
         """The stores it plans with; asked for only where lenders' memory comes and goes."""
 
-    def respond(self, copy: Copy, climb: int = 0) -> None:
+    def respond(self, copy: ShiftCopy, climb: int = 0) -> None:
         """Gives back what lenders want, pages going from store to store by `copy`; up to `climb`
         pages may be on their way to a faster one."""
 
@@ -139,7 +142,7 @@ class Pager:
         self._climb = max(1, _CLIMB_BYTES // self._copies.page_bytes)
         self._parts: dict[tuple[int, int], Part] = {}
         # Moves handed to a step, and their tickets in the same order.
-        self._tickets = np.zeros((0, devices), np.uint64)
+        self._tickets = Tickets(devices)
         self._under_way: list[Move] = []
         self._refused: list[tuple[Move, str]] = []  # never handed over; reported by `poll`
         self._before = self._last = copy_queue.counters()
@@ -160,65 +163,55 @@ class Pager:
 
     # A step's moves.
 
-    def batch(self, planned: Sequence[Move]) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, planned: Sequence[Move]) -> list[bytes]:
         """The moves of one step, for its vector; the step must be dispatched with them.
 
         Moves whose store has gone since they were planned are left out and reported as failed.
 
         Returns:
-          As `copies.Batch.packed`, with n <= len(planned).
+          As `copies.Batch.packed`, with at most those planned.
         """
-        # One call per kind of move, for the queue checks and fills whole arrays. Most moves of a
-        # plan are whole pages in one direction.
-        groups: dict[tuple[int, bool, int, int, bool], list[Move]] = {}
+        # Each direction of a store apart, those into the pool first, as they are planned.
+        groups: dict[tuple[int, bool], list[Move]] = {}
         for move in planned:
-            compared = move.checksum is not None
-            key = (id(move.store), move.inward, move.start, move.count, compared)
-            groups.setdefault(key, []).append(move)
+            groups.setdefault((id(move.store), move.inward), []).append(move)
         batch = self._copies.batch(len(planned))
-        tickets = [self._tickets]
-        for (store, inward, start, count, compared), group in groups.items():
-            part = self._part(start, count)
+        for (store, inward), group in groups.items():
             # Neighbours at both ends are copied as one: slots are handed out in order.
-            group.sort(key=lambda move: move.slot.id)
-            good, offsets = self._offsets(self._by_store.get(store), group)
-            if not good:
-                continue
-            segment = self._by_store[store].segment
-            pages = [move.page.id for move in good]
-            if inward:
-                sums = [move.checksum or 0 for move in good] if compared else None
-                tickets.append(batch.copy_in(pages, segment, offsets, part, checksums=sums))
-            else:
-                tickets.append(
-                    batch.copy_out(pages, segment, offsets, part, checksum=self._verify)
-                )
-            self._under_way += good
-        self._tickets = np.concatenate(tickets)
+            group.sort(key=_slot)
+            good, copies = self._good(self._by_store.get(store), group, inward)
+            if good:
+                memory = self._by_store[store].segment
+                self._tickets.add(batch.add(copies, memory, inward=inward))
+                self._under_way += good
         return batch.packed()
 
     def _part(self, start: int, count: int) -> Part:
-        part = self._parts.get((start, count))
-        if part is None:
-            part = self._parts[start, count] = Part.of_tokens(self._copies.kv, start, count)
+        part = self._parts[start, count] = Part.of_tokens(self._copies.kv, start, count)
         return part
 
-    def _offsets(self, tier: _Tier | None, group: list[Move]) -> tuple[list[Move], list[int]]:
-        """The moves of a group that can be made, and where their slots are."""
+    def _good(
+        self, tier: _Tier | None, group: list[Move], inward: bool
+    ) -> tuple[list[Move], list[Copy]]:
+        """The moves of a group that can be made, and what the copy queue needs to know of them."""
         good: list[Move] = []
-        offsets: list[int] = []
+        copies: list[Copy] = []
         if tier is None or not tier.segment.live:  # let go, or about to be
             self._refused += [(move, Status.SEGMENT_STALE.name) for move in group]
-            return good, offsets
-        offset = tier.store.offset
+            return good, copies
+        offset, parts = tier.store.offset, self._parts
+        summed = 0 if self._verify else None
         for move in group:
             try:
-                offsets.append(offset(move.slot))  # type: ignore[arg-type]
+                at = offset(move.slot)  # type: ignore[arg-type]
             except StaleHandleError:
                 self._refused.append((move, Status.SEGMENT_STALE.name))
-            else:
-                good.append(move)
-        return good, offsets
+                continue
+            span = move.start, move.count
+            part = parts.get(span) or self._part(*span)
+            good.append(move)
+            copies.append(Copy(move.page.id, at, part, move.checksum if inward else summed))
+        return good, copies
 
     # Between steps.
 
@@ -239,11 +232,14 @@ class Pager:
         if finished == self._finished:
             return ended
         self._finished = finished
-        statuses, sums = PoolCopies.poll(self._tickets)
-        checksums = numbers(sums) if self._verify else itertools.repeat(None)
+        checksums: Iterable[int | None] = itertools.repeat(None)
+        if self._verify:
+            statuses, checksums = self._tickets.poll_sums()
+        else:
+            statuses = self._tickets.poll()
         moves, self._under_way = self._under_way, []
         left: list[int] = []
-        ends = zip(moves, statuses.tolist(), checksums, strict=False)
+        ends = zip(moves, statuses, checksums, strict=False)
         for index, (move, status, checksum) in enumerate(ends):
             if status == _PENDING:
                 left.append(index)
@@ -251,7 +247,7 @@ class Pager:
             else:
                 self._report(move, _NAMES[status], checksum)
         if len(left) < len(moves):
-            self._tickets = self._tickets[left]
+            self._tickets.keep(left)
             self._observe_copies()
             self._tell_delay()
         return ended + len(moves) - len(left)
@@ -331,7 +327,7 @@ class Pager:
         arriving = [index for index, move in enumerate(self._under_way) if move.inward]
         if arriving and limit_s > 0.0:
             started = time.perf_counter()
-            copy_queue.wait(self._tickets[arriving].reshape(-1), limit_s)
+            self._tickets.wait(arriving, limit_s)
             self.linger_s += time.perf_counter() - started
 
     def wait(self, timeout_s: float) -> int:
@@ -426,7 +422,8 @@ class Pager:
 
     def _drop_moves(self) -> None:
         self._copies.close()
-        self._tickets, self._under_way, self._refused = self._tickets[:0], [], []
+        self._tickets.keep(())
+        self._under_way, self._refused = [], []
 
     # Figures.
 

@@ -7,10 +7,13 @@ plans the next step. Nothing here decides anything.
 
 from __future__ import annotations
 
+import array
 import dataclasses
+import struct
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,11 @@ from aqua_jax.scheduling.plan import Chunk, Plan
 from aqua_jax.scheduling.sequence import Sequence
 
 _COMMON = SampleVariant()  # of most steps
+# What changes with each token in a packed row of sampling parameters: where, in bytes.
+_COUNT = struct.Struct("<i")
+_HISTORY_AT, _INDEX_AT = (
+    4 * cast(int, SAMPLE_COLUMNS[name]) for name in ("history_lens", "token_index")
+)
 Lookup = Callable[[Sequence], tuple[Request, Sample]]  # of a live, scheduled sequence
 
 
@@ -67,7 +75,8 @@ class SlotState:
     Attributes:
       rows: i32[slots, SAMPLE_WORDS], as sampling takes them but for what changes with each token.
       sampling: the same as views by field name.
-      page_table: i32[slots, M].
+      packed: the same as bytes: joined they are there sooner than by NumPy.
+      page_table: i32[M] for each slot.
       rare: slots that need more than the common sampling program: penalties, `min_tokens`, log
         probabilities.
       prompt_logprobs: slots whose prompts' log probabilities are wanted.
@@ -75,8 +84,11 @@ class SlotState:
 
     def __init__(self, slots: int, table_width: int, lookup: Lookup):
         self.rows = np.zeros((slots, SAMPLE_WORDS), np.int32)
+        self.packed = [bytearray(4 * SAMPLE_WORDS) for _ in range(slots)]
         self.sampling = SampleBatch.columns(self.rows)
-        self.page_table = np.full((slots, table_width), -1, np.int32)
+        self.page_table = [
+            memoryview(array.array("i", [-1] * table_width)) for _ in range(slots)
+        ]
         self.rare: set[int] = set()
         self.prompt_logprobs: set[int] = set()
         self.min_tokens = np.zeros(slots, np.int32)  # 0 where no id is held back until then
@@ -98,7 +110,8 @@ class SlotState:
                 self._fill_sampling(slot, *self._lookup(sequence))
             have, now = filled[slot], len(pages)
             if have < now:
-                self.page_table[slot, have:now] = [handle.id for handle in pages[have:]]
+                ids = array.array("i", [handle.id for handle in pages[have:]])
+                self.page_table[slot][have:now] = ids
                 filled[slot] = now
 
     def refill(self, slot: int) -> None:
@@ -119,6 +132,7 @@ class SlotState:
         views["prompt_lens"][slot] = sample.sequence.prompt_len
         views["banned"][slot] = -1
         views["banned"][slot, : len(sample.banned)] = sample.banned
+        self.packed[slot][:] = self.rows[slot].tobytes()
         self.min_tokens[slot] = params.min_tokens if sample.banned else 0
         self.penalised[slot] = params.penalised
         self.logprobs[slot] = params.logprobs is not None
@@ -159,16 +173,20 @@ class Runner:
         self._spaces = jax.device_put(spaces)
         self._last_tokens = self._no_tokens()
         self._slots = SlotState(spec.sequences, spec.table_width, lookup)
+        nobody = np.zeros((1, SAMPLE_WORDS), np.int32)  # where no row is
+        nobody[0, SAMPLE_COLUMNS["slots"]] = spec.sequences
+        nobody[0, SAMPLE_COLUMNS["banned"]] = -1
+        self._no_row = nobody.tobytes()
 
     def dispatch(self, plan: Plan) -> StepRecord | None:
         """Enqueue one step; returns before it has run. None: there will be nothing to read."""
-        packed_moves = None
+        packed_moves: list[bytes] = []
         if plan.moves:
             assert self._pager is not None, "moves are planned only between pool and stores"
             packed_moves = self._pager.batch(plan.moves)
         if not plan.chunks:
-            if packed_moves is not None and packed_moves[0].size:
-                self._dispatch_moves(*packed_moves)
+            if packed_moves:
+                self._dispatch_moves(packed_moves)
             return None
         for sequence in plan.moved:
             self._slots.refill(sequence.slot)
@@ -187,9 +205,9 @@ class Runner:
             plan.num_tokens - decodes, decodes, time.perf_counter(),
         )
 
-    def _dispatch_moves(self, moves: np.ndarray, head: np.ndarray) -> None:
+    def _dispatch_moves(self, moves: list[bytes]) -> None:
         layout = MoveVector.layout(self._spec.max_moves)
-        vector = self._for_devices(np.zeros(layout.size, np.int32), layout, (moves, head))
+        vector = self._for_devices(np.zeros(layout.size, np.int32), layout, moves)
         self._kv = self.programs.moves()(self._kv, vector, self._spaces)
 
     def _no_tokens(self) -> jax.Array:
@@ -198,18 +216,18 @@ class Runner:
 
     def _for_devices(
         self, vector: np.ndarray, layout: VectorLayout,
-        packed_moves: tuple[np.ndarray, np.ndarray] | None,
+        packed_moves: list[bytes],
     ) -> np.ndarray:
         """A step's vector with its moves: i32[size], or i32[N, size] for N devices, moves apart."""
         shards = self.programs.shards
         if shards is None:
-            if packed_moves is not None:
+            if packed_moves:
                 MoveVector.write(layout, vector, *packed_moves)
             return vector
         vectors = np.tile(vector, (shards.size, 1))
-        if packed_moves is not None:
-            for own, moves, head in zip(vectors, *packed_moves, strict=True):
-                MoveVector.write(layout, own, moves, head)
+        if packed_moves:
+            for own, moves in zip(vectors, packed_moves, strict=True):
+                MoveVector.write(layout, own, moves)
         return vectors
 
     @staticmethod
@@ -241,7 +259,7 @@ class Runner:
         return self._kv
 
     def _forward_vector(
-        self, plan: Plan, packed_moves: tuple[np.ndarray, np.ndarray] | None = None
+        self, plan: Plan, packed_moves: list[bytes]
     ) -> tuple[np.ndarray, int]:
         spec, chunks = self._spec, plan.chunks
         bucket = spec.buckets.token_bucket(plan.num_tokens)
@@ -272,7 +290,8 @@ class Runner:
         starts += [len(tokens)] * (spec.sequences + 1 - len(chunks))
         counts = [len(tokens), len(chunks), len(plan.copies)]
         layout.fill(vector, counts, tokens, positions, prompt_lens, starts, ends, sample_rows)
-        layout.view(vector, "page_table")[: len(chunks)] = self._slots.page_table[slots]
+        table = self._slots.page_table
+        layout.put(vector, "page_table", b"".join([table[slot] for slot in slots]))
         if plan.copies:
             sources, targets = zip(*plan.copies, strict=True)
             layout.view(vector, "copy_sources")[: len(sources)] = sources
@@ -283,20 +302,21 @@ class Runner:
         spec, by_slot, column = self._spec, self._slots, SAMPLE_COLUMNS
         bucket = spec.buckets.row_bucket(len(sampled))
         layout = SampleBatch.layout(bucket)
-        vector = np.zeros(layout.size, np.int32)
-        rows = layout.view(vector, "rows")
+        vector = np.empty(layout.size, np.int32)
         slots = [chunk.sequence.slot for chunk in sampled]
-        vector[0] = count = len(slots)
-        rows[:count] = by_slot.rows[slots]
-        rows[count:, column["slots"]] = spec.sequences
-        rows[count:, column["banned"]] = -1
-        before = np.array([chunk.start + chunk.count for chunk in sampled], np.int32)
-        rows[:count, column["history_lens"]] = before
-        index = before - rows[:count, column["prompt_lens"]]
-        rows[:count, column["token_index"]] = index
+        count = len(slots)
+        packed_rows: list[bytes | bytearray] = [_COUNT.pack(count)]
+        for sequence, start, tokens, _ in sampled:
+            row, before = by_slot.packed[sequence.slot], start + tokens
+            _COUNT.pack_into(row, _HISTORY_AT, before)
+            _COUNT.pack_into(row, _INDEX_AT, before - sequence.prompt_len)
+            packed_rows.append(row)
+        packed_rows += [self._no_row] * (bucket - count)
+        layout.put(vector, "counts", b"".join(packed_rows))
         variant, history = _COMMON, None
         if not by_slot.rare.isdisjoint(slots):
-            holds_back = index < by_slot.min_tokens[slots]
+            rows = layout.view(vector, "rows")
+            holds_back = rows[:count, column["token_index"]] < by_slot.min_tokens[slots]
             rows[:count, column["banned"]][~holds_back] = -1
             variant = SampleVariant(
                 edits=bool(holds_back.any() or by_slot.penalised[slots].any()),

@@ -39,12 +39,13 @@ pool and every sequence in it. A page that didn't arrive is recomputed.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import dataclasses
 import enum
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,7 @@ MOVE = np.dtype([
 ])
 # The same, written one by one: few moves are there sooner so than by column.
 _MOVE = struct.Struct("<iiiIQiiiiQQ")
+_HEAD = struct.Struct("<III")
 MOVE_WORDS = MOVE.itemsize // 4  # K of moves i32[N, K]
 FLAG_IN, FLAG_CHECKSUM = 1, 2
 # How many of the newest tickets keep their result.
@@ -112,6 +114,22 @@ class Part:
     def end(self) -> int:
         """Where in the page it ends, in bytes."""
         return self.begin + (self.runs - 1) * self.stride + self.bytes
+
+    def check(self, page_bytes: int) -> None:
+        """Raises ValueError unless a page of so many bytes has it."""
+        overlap = self.runs > 1 and self.stride < self.bytes
+        if min(self.begin, self.bytes - 1, self.runs - 1) < 0 or overlap or self.end > page_bytes:
+            raise ValueError(f"part: got {self}; allowed: runs apart, of at least a byte, within "
+                             f"{page_bytes} bytes")
+
+
+class Copy(NamedTuple):
+    """A copy of a page's part, in one direction or the other."""
+
+    page: int
+    offset: int  # in the segment, of the page's first byte, in bytes
+    part: Part
+    checksum: int | None  # computed; inward it must be that of the way out. None: it isn't
 
 
 class MoveCounters(NamedTuple):
@@ -178,13 +196,61 @@ _next_ticket = 1
 _tickets_lock = threading.Lock()
 
 
-def new_tickets(count: int) -> np.ndarray:
-    """u64[count] tickets that nobody had before, consecutive."""
+def _new_tickets(count: int) -> range:
     global _next_ticket
     with _tickets_lock:
         first = _next_ticket
         _next_ticket += count
-    return np.arange(first, first + count, dtype=np.uint64)
+    return range(first, first + count)
+
+
+def new_tickets(count: int) -> np.ndarray:
+    """u64[count] tickets that nobody had before, consecutive."""
+    tickets = _new_tickets(count)
+    return np.arange(tickets.start, tickets.stop, dtype=np.uint64)
+
+
+class Tickets:
+    """Tickets in the order in which they were added, asked for all at once. Arrays of the standard
+    library: between two steps NumPy's code and its way to an address are out of the caches."""
+
+    def __init__(self, tickets: Iterable[int] = ()) -> None:
+        self._tickets = array.array("Q", tickets)
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tickets)
+
+    def add(self, tickets: Iterable[int]) -> None:
+        """More of them."""
+        self._tickets.extend(tickets)
+
+    def chosen(self, indices: Iterable[int]) -> Tickets:
+        """Those at these places."""
+        tickets = self._tickets
+        return Tickets([tickets[index] for index in indices])
+
+    def poll(self) -> list[int]:
+        """`Status` of each; never waits. A move's copies are visible to whoever has seen it."""
+        address, count = self._tickets.buffer_info()
+        statuses = array.array("i", bytes(4 * count))
+        native().aqua_moves_poll(address, count, statuses.buffer_info()[0], None)
+        return statuses.tolist()
+
+    def poll_sums(self) -> tuple[list[int], list[int]]:
+        """As `poll`, and the checksums: 0 where none was computed."""
+        address, count = self._tickets.buffer_info()
+        statuses, sums = array.array("i", bytes(4 * count)), array.array("Q", bytes(8 * count))
+        native().aqua_moves_poll(
+            address, count, statuses.buffer_info()[0], sums.buffer_info()[0]
+        )
+        return statuses.tolist(), sums.tolist()
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until none of them is PENDING; False after `timeout` seconds."""
+        return bool(native().aqua_moves_wait(*self._tickets.buffer_info(), int(timeout * 1e6)))
 
 
 class MoveBatch:
@@ -205,11 +271,52 @@ class MoveBatch:
         """How many more moves fit."""
         return self._capacity - self.count
 
+    def add(self, copies: Sequence[Copy], segment: Segment, *, inward: bool) -> range:
+        """Copies pages to a segment, or from it to the pool.
+
+        Args:
+          copies: of pages of the pool or of a space.
+          segment: where to, or from.
+          inward: from the segment to the pool.
+
+        Returns:
+          Their tickets.
+
+        Raises:
+          StaleHandleError: segment or pool is gone.
+          ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
+        """
+        segment.check()
+        self._pool.check()
+        if len(copies) > self.room:
+            raise ValueError(f"moves: got {len(copies)} pages; allowed: at most {self.room}")
+        tickets = _new_tickets(len(copies))
+        pages, identity, generation = self._pool.pages, segment.id, segment.generation
+        records, pack, size = self._records, _MOVE.pack_into, _MOVE.size
+        at = self.count * size
+        plain, summed = FLAG_IN * inward, FLAG_IN * inward | FLAG_CHECKSUM
+        known: Part | None = None
+        for ticket, (page, offset, part, checksum) in zip(tickets, copies, strict=True):
+            if part is not known:  # as for most
+                part.check(self._pool.page_bytes)
+                known, last = part, segment.nbytes - part.end
+                begin, length, runs, stride = part.begin, part.bytes, part.runs, part.stride
+            if not 0 <= page < pages:
+                raise ValueError(f"page: got {page}; allowed: 0 to {pages - 1}")
+            if not 0 <= offset <= last:
+                raise ValueError(f"offset: got {offset}; allowed: 0 to {last}")
+            flags, total = (plain, 0) if checksum is None else (summed, checksum)
+            pack(records, at, flags, page, identity, generation, offset, begin, length, runs,
+                 stride, ticket, total)
+            at += size
+        self.count += len(copies)
+        return tickets
+
     def copy_out(
         self, pages: Sequence[int] | np.ndarray, segment: Segment,
         offsets: Sequence[int] | np.ndarray, *, part: Part | None = None, checksum: bool = False,
     ) -> np.ndarray:
-        """Copies pool pages to a segment.
+        """Copies pool pages to a segment, all alike.
 
         Args:
           pages: [n] pages of the pool or of a space.
@@ -222,17 +329,17 @@ class MoveBatch:
           u64[n] tickets.
 
         Raises:
-          StaleHandleError: segment or pool is gone.
-          ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
+          StaleHandleError, ValueError: as `add`; or there isn't one offset for each page.
         """
-        return self._add(FLAG_CHECKSUM * checksum, pages, segment, offsets, part, None)
+        sums = [0 if checksum else None] * len(pages)
+        return self._add_all(pages, segment, offsets, part, sums, inward=False)
 
     def copy_in(
         self, pages: Sequence[int] | np.ndarray, segment: Segment,
         offsets: Sequence[int] | np.ndarray, *, part: Part | None = None,
         checksums: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Copies from a segment to pool pages.
+        """Copies from a segment to pool pages, all alike.
 
         Args:
           pages: [n] pages of the pool or of a space.
@@ -246,52 +353,37 @@ class MoveBatch:
           u64[n] tickets.
 
         Raises:
-          StaleHandleError: segment or pool is gone.
-          ValueError: no room, or a page or range that doesn't exist. Nothing is added then.
+          StaleHandleError, ValueError: as `add`; or there isn't one offset for each page.
         """
-        if checksums is None:
-            return self._add(FLAG_IN, pages, segment, offsets, part, None)
-        return self._add(FLAG_IN | FLAG_CHECKSUM, pages, segment, offsets, part, checksums)
+        sums = [None] * len(pages) if checksums is None else checksums.tolist()
+        return self._add_all(pages, segment, offsets, part, sums, inward=True)
 
-    def _add(
-        self, flags: int, pages: Sequence[int] | np.ndarray, segment: Segment,
-        offsets: Sequence[int] | np.ndarray, part: Part | None, checksums: np.ndarray | None,
+    def _add_all(
+        self, pages: Sequence[int] | np.ndarray, segment: Segment,
+        offsets: Sequence[int] | np.ndarray, part: Part | None, sums: Sequence[int | None],
+        *, inward: bool,
     ) -> np.ndarray:
-        segment.check()
-        self._pool.check()
-        part = part or Part(0, self._pool.page_bytes)
         at, ids = _numbers(offsets), _numbers(pages)
-        count = len(ids)
-        if count == 0:
-            return np.zeros(0, np.uint64)
-        if len(at) != count or count > self.room:
-            raise ValueError(f"moves: got {count} pages at {len(at)} offsets; "
-                             f"allowed: one offset each, at most {self.room}")
-        if min(ids) < 0 or max(ids) >= self._pool.pages:
-            raise ValueError(f"page: got {min(ids)} to {max(ids)}; "
-                             f"allowed: 0 to {self._pool.pages - 1}")
-        overlap = part.runs > 1 and part.stride < part.bytes
-        if min(part.begin, part.bytes - 1, part.runs - 1) < 0 or overlap or (
-            part.end > self._pool.page_bytes
-        ):
-            raise ValueError(f"part: got {part}; allowed: runs apart, of at least a byte, within "
-                             f"{self._pool.page_bytes} bytes")
-        if min(at) < 0 or max(at) + part.end > segment.nbytes:
-            raise ValueError(f"offset: got {min(at)} to {max(at)}; allowed: 0 to "
-                             f"{segment.nbytes - part.end}")
-        tickets = new_tickets(count)
-        sums = [0] * count if checksums is None else checksums.tolist()
-        where = segment.id, segment.generation
-        what = part.begin, part.bytes, part.runs, part.stride
-        for page, offset, *rest in zip(ids, at, tickets.tolist(), sums, strict=True):
-            start = self.count * _MOVE.size
-            _MOVE.pack_into(self._records, start, flags, page, *where, offset, *what, *rest)
-            self.count += 1
-        return tickets
+        if len(at) != len(ids):
+            raise ValueError(f"moves: got {len(ids)} pages at {len(at)} offsets; "
+                             "allowed: one offset each")
+        part = part or Part(0, self._pool.page_bytes)
+        copies = [
+            Copy(page, offset, part, checksum)
+            for page, offset, checksum in zip(ids, at, sums, strict=True)
+        ]
+        tickets = self.add(copies, segment, inward=inward)
+        return np.arange(tickets.start, tickets.stop, dtype=np.uint64)
 
     def moves(self) -> np.ndarray:
         """i32[N, MOVE_WORDS], a copy (jax keeps what it is given)."""
         return np.frombuffer(bytes(self._records), np.int32).reshape(-1, MOVE_WORDS)
+
+    def packed(self) -> bytes:
+        """`head`, and those of `moves` that there are, as bytes."""
+        pool = self._pool
+        head = _HEAD.pack(self.count, pool.id, pool.generation)
+        return head + self._records[: self.count * _MOVE.size]
 
     def head(self) -> np.ndarray:
         """i32[3]: count, and the pool's id and generation."""
@@ -339,12 +431,8 @@ def poll(tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Never waits. A move's copies are visible to whoever has seen its status.
     """
-    asked = np.ascontiguousarray(tickets, np.uint64)
-    statuses, checksums = np.empty(len(asked), np.int32), np.empty(len(asked), np.uint64)
-    native().aqua_moves_poll(
-        asked.ctypes.data, len(asked), statuses.ctypes.data, checksums.ctypes.data
-    )
-    return statuses, checksums
+    statuses, checksums = Tickets(tickets.tolist()).poll_sums()
+    return np.array(statuses, np.int32), np.array(checksums, np.uint64)
 
 
 def finished() -> int:
@@ -355,8 +443,7 @@ def finished() -> int:
 
 def wait(tickets: np.ndarray, timeout: float) -> bool:
     """Waits until none of these is PENDING; False after `timeout` seconds."""
-    asked = np.ascontiguousarray(tickets, np.uint64)
-    return bool(native().aqua_moves_wait(asked.ctypes.data, len(asked), int(timeout * 1e6)))
+    return Tickets(tickets.tolist()).wait(timeout)
 
 
 def drain(timeout: float | None = None) -> bool:

@@ -33,7 +33,8 @@ def test_a_programs_fields_are_the_hosts():
     layout.fill(vector, *([place] for place in range(1, 8)))
     layout.view(vector, "page_table")[2] = range(5)
     moves = np.arange(MOVE_WORDS, dtype=np.int32)[None]
-    MoveVector.write(layout, vector, moves, np.array([1, 2, 3], np.int32))
+    head = np.array([1, 2, 3], np.int32).tobytes()
+    MoveVector.write(layout, vector, head + moves.tobytes())
     batch = ForwardBatch.unpack(vector, layout)  # type: ignore[arg-type]
     for place, name in enumerate(names[:7], 1):
         assert getattr(batch, name)[0] == place
@@ -41,7 +42,7 @@ def test_a_programs_fields_are_the_hosts():
     assert batch.move_head.tolist() == [1, 2, 3]
     np.testing.assert_array_equal(batch.moves, np.concatenate([moves, 0 * moves]))
     with pytest.raises(ValueError, match="page moves: got 3"):
-        MoveVector.write(layout, vector, np.repeat(moves, 3, 0), np.zeros(3, np.int32))
+        MoveVector.write(layout, vector, head + 3 * moves.tobytes())
 
 
 def test_rows_of_sampling_go_as_they_are_by_slot():

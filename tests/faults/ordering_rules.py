@@ -101,7 +101,7 @@ def report_early(patch: Patch, inward: bool) -> None:
         words = batch(self, planned)
         early = [move.inward is inward for move in self._under_way]
         done = [move for move, is_early in zip(self._under_way, early, strict=True) if is_early]
-        self._tickets = self._tickets[[not is_early for is_early in early]]
+        self._tickets.keep([index for index, is_early in enumerate(early) if not is_early])
         self._under_way = [move for move in self._under_way if move.inward is not inward]
         for move in done:
             self._planner.finished(move, True, None)
