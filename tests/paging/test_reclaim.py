@@ -101,6 +101,34 @@ def test_a_tier_that_grows_is_waited_for_and_nothing_is_dropped(monkeypatch):
     host.close()
 
 
+def test_a_copy_that_grew_while_it_was_shifted_stays_where_all_of_it_is():
+    first, host = peer_store(5, TOKENS), host_store(10, TOKENS)
+    world = World(first, host, owners=1)
+    residency, pool = world.residency, world.pool
+    residency.drop(0)
+    pages = pool.allocate(5)
+    residency.leave(0, pages, 18)
+    world.report()
+    want(first, 0)
+    world.respond(copy=False)
+    assert len(world.shifts) == 5
+    # Back from the pool, and away again with two tokens more on the last page.
+    found = residency.find(0)
+    homes = [home for home, _, _ in found]
+    for home in homes:
+        pool.retain(home)
+    residency.come_back(0, found, homes, homes)
+    residency.leave(0, homes, 20)
+    world.report()
+    for shift in world.shifts:
+        shift.done = True
+    world.respond(copy=False)
+    assert [stored.store for stored in residency.copies(0)] == [host] * 4 + [first]
+    world.respond()
+    world.respond()
+    assert first.capacity == 0 and host.in_use == 5 and world.found() == 20
+
+
 def test_a_shift_whose_owner_has_ended_counts_for_nothing():
     first, host = peer_store(20, TOKENS), host_store(40, TOKENS)
     world = World(first, host)

@@ -304,3 +304,13 @@ def test_no_departure_copies_more_than_the_new_tokens_and_a_page(seed):
             pool.release(page)
     assert world.store.in_use == 0 and pool.in_use == 0
     world.store.close()
+
+
+def test_what_could_not_be_copied_out_is_copied_when_its_owner_leaves_again():
+    world = World()
+    world.run("a", 2 * SIZE)
+    world.end(world.leave("a", 2 * SIZE), ok=False)
+    assert world.residency.backed_tokens("a") <= SIZE  # nothing is promised that no store has
+    world.come_back("a", 2 * SIZE)
+    again = world.leave("a", 2 * SIZE)
+    assert [(move.start, move.count) for move in again] == [(0, SIZE), (0, SIZE)]
