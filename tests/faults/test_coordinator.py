@@ -152,7 +152,7 @@ def test_forced_reclaim_kills_a_stopped_holder_in_time(path):
             lending.signal(signal.SIGTERM)
             assert lending.wait() == 0
             # Term and drain limit, and what a busy machine adds.
-            assert time.monotonic() - start < TERM_S + 0.3 + 3
+            assert time.monotonic() - start < TERM_S + 0.3 + 8
             assert one.child.wait(60) == -signal.SIGKILL
             assert running.process.said("kills pid")
 

@@ -144,7 +144,7 @@ def test_reclaim_is_honoured_long_before_its_deadline():
         start = time.monotonic()
         assert new.ask("obey") == "ok"
         wait_for(lambda: lent(path) == 5 * MIB)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 9
         assert process.said("asked pid") and process.said("3 MiB within 10.0 s")
         # Only as much as was asked, from the newest; what is left is untouched.
         assert old.ask("wanted") == new.ask("wanted") == "0"
