@@ -1,4 +1,9 @@
-"""The console script: Ctrl-C is safe before anything heavier than this file is imported."""
+"""The console script: Ctrl-C is safe before anything heavier than this file is imported.
+
+Until then, some 20 ms, Python starts and imports `aqua_jax` itself. Ctrl-C ends it there in
+Python's own way: the process ends by the signal, which shells report as status 130 too and
+`subprocess` as -2, perhaps after a traceback. No code of ours runs early enough to change that.
+"""
 
 from __future__ import annotations
 
