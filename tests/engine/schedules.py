@@ -111,6 +111,8 @@ class Schedule:
             "kv_cache_tokens": rng.randint(*scale.pool_tokens) // 16 * 16,
             "verify_pages": pages_change or rng.random() < 0.3,
             "prefix_caching": rng.random() < 0.7, "host_kv_memory": host * scale.page_bytes,
+            # Most change places as often as they can; some hardly, or are short of room to.
+            "switch_share": (1.0, 1.0, 0.15, 1e-3)[seed // 8 % 4],
         }
         self._when = [rng.randrange(10, scale.arrivals + 30) for _ in range(3)]
         self._changes = set(rng.sample(range(200), 12)) if pages_change else set()

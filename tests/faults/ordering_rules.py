@@ -57,7 +57,7 @@ def exact(folder: pathlib.Path, wanted: list[list[int]], seed: int) -> bool:
     rng = random.Random(seed)
     with tiny_engine(
         folder, deterministic=True, kv_cache_tokens=16 * rng.randrange(12, 20), policy="fair",
-        slice_steps=4, host_kv_memory=rng.choice([16, 40, 200]) * PAGE_BYTES,
+        slice_steps=4, host_kv_memory=rng.choice([16, 40, 200]) * PAGE_BYTES, switch_share=1.0,
         prefix_caching=rng.random() < 0.5,
     ) as engine:
         # Recomputing would be found cheaper than copies that take so long, and show nothing.

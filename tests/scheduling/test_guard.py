@@ -238,3 +238,17 @@ def test_neither_shortages_nor_urgent_requests_take_more_than_their_share(
     bounded, free = run(0.03), run(1.0)
     assert free.lost > 1.8 * bounded.lost
     assert bounded.useful > 0.5 * free.useful
+
+
+def test_recomputing_after_a_failed_step_is_nobodys_change_of_places() -> None:
+    history = History(Machine(num_pages=40, max_num_seqs=4, max_step_tokens=64), Fair())
+    for _ in range(4):
+        history.add(20, 20)
+    for _ in range(5):
+        history.step()
+    guard = history.scheduler.guard
+    before = guard.turns.left, guard.shortages.left
+    history.scheduler.reset()
+    assert history.scheduler.num_running == 0
+    assert (guard.turns.left, guard.shortages.left) == before
+    history.close()

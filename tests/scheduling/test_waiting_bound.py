@@ -120,6 +120,25 @@ def test_what_ran_while_nobody_waited_is_no_claim(host_slots: int) -> None:
     history.close()
 
 
+def test_the_bound_knows_what_the_guard_withholds() -> None:
+    def longest(share: float) -> tuple[float, float]:
+        history = History(
+            Machine(num_pages=200, max_num_seqs=1, max_step_tokens=200, switch_share=share),
+            Fair(FairConfig(SliceConfig(4))),
+        )
+        for _ in range(3):
+            history.add(100, 300)
+        while history.live:
+            history.step()
+        assert all(gap.steps <= gap.bound for gap in history.gaps)
+        worst = max(history.gaps, key=lambda gap: gap.steps)
+        history.close()
+        return worst.steps, worst.bound
+
+    (free, bound), (withheld, _) = longest(1.0), longest(0.01)
+    assert free <= bound < withheld
+
+
 @pytest.mark.parametrize("users", [1, 2])
 def test_without_slices_nothing_is_promised(users: int) -> None:
     history = History(

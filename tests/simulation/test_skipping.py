@@ -54,6 +54,7 @@ class Case:
     prefix: bool
     farthest: bool
     switch_share: float
+    owed: float  # what the guard's budgets are overdrawn by at the start, beyond their slack
 
     @classmethod
     def draw(cls, seed: int) -> Case:
@@ -75,7 +76,7 @@ class Case:
             requests, stops, pages, rng.choice([0, 10, 200]), rng.choice([3, 8, 16]),
             rng.choice([1e3, 2e4, 1e6]), rng.choice([0, 1, 1, 2]), rng.choice([0.0, 0.01, 0.2]),
             rng.choice([0, 5, 48]), rng.random() < 0.7, rng.random() < 0.7,
-            rng.choice([1.0, 0.1, 1e-6]),
+            rng.choice([1.0, 0.1, 0.1, 1e-6]), rng.choice([0.0, 2.0, 20.0]),
         )
 
     def run(self, policy: Policy, skip: bool) -> tuple[Outcome, dict[int, str], Scheduler]:
@@ -92,6 +93,10 @@ class Case:
             policy, pool, PrefixCache(pool) if self.prefix else None,
             Residency(pool, stores) if stores else None, Costs(SIZE),
         )
+        if self.owed and self.switch_share < 1:
+            for budget in (one.guard.turns, one.guard.shortages):
+                budget.spend(budget.left + 10_000 * budget.rate + self.owed)
+                assert budget.alarming
         digests: dict[int, str] = {}
         plan = one.plan
 
@@ -171,12 +176,26 @@ def test_pages_end_it_as_well() -> None:
     """Ten pages, two sequences of up to 40 tokens: somewhere one has to give way."""
     case = Case(
         [TraceRequest(0.0, 3, 30), TraceRequest(0.0, 3, 30)], [30, 30], 10, 0, 4, 1e6, 1, 0.0, 0,
-        True, True, 1.0,
+        True, True, 1.0, 0.0,
     )
     outcome, digests, _ = case.run(FirstComeFirstServed(), skip=True)
     assert outcome.counters.preemptions == 1
     assert outcome == case.run(FirstComeFirstServed(), skip=False)[0]
     assert len(digests) < 20 < outcome.steps
+
+
+def test_a_budget_earned_back_ends_it_as_well() -> None:
+    """One slot: the urgent request takes it as soon as the guard bears that, in mid-stride."""
+    case = Case(
+        [TraceRequest(0.0, 3, 200, priority=1), TraceRequest(1.0, 3, 5)], [200, 5], 60, 0, 1, 1e6,
+        1, 0.0, 0, False, True, 0.75, 20.0,
+    )
+    outcome, digests, _ = case.run(StrictPriority(), skip=True)
+    assert outcome.counters.switches == 1
+    urgent = outcome.run.served[1]
+    assert 25 < urgent.steps[0] < 100  # 20 tokens earn what was owed, and more the price
+    assert outcome == case.run(StrictPriority(), skip=False)[0]
+    assert len(digests) < 30 < outcome.steps
 
 
 def test_a_recorder_sees_every_plan() -> None:
