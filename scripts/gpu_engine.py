@@ -306,7 +306,7 @@ class Steps:
                     ]
                     left = under_way[statuses == moves.Status.PENDING]
                     under_way = np.concatenate([left, *fresh])
-                    runner._dispatch_moves(step.moves()[: step.count], step.head())
+                    runner._dispatch_moves([step.packed()])
 
                 alone, beside, rates = [], [], []
                 for _ in range(3):
