@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 
 # Before jax is first imported: tests run on the CPU wherever they are, and never write to
 # the user's compile cache. A shared one halves a second run.
@@ -18,6 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For tests of several devices. The others use the first one and run as fast.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test sends one to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
