@@ -16,6 +16,9 @@ import math
 from aqua_jax.errors import ConfigError
 
 _NEWEST = 0.05  # weight of the newest observation in the running means
+# A copy counts as so many times the mean at most: a worker that is taken off its core in the middle
+# of one takes hundreds of times as long, and pages seemed 15 times as dear for 50 steps after.
+_LONGEST_COPY = 4.0
 _PATIENCE = 0.25
 _UNKNOWN_PAGES = 32
 _MIN_PREFILL = 8  # prompt tokens that a step must have to tell what one costs
@@ -77,7 +80,10 @@ class Costs:
     def observe_moves(self, pages: float, seconds: float) -> None:
         """Copying so many pages (whole ones, in sum) kept a worker busy for so long."""
         if pages > 0.0 and seconds > 0.0:
-            self._page_s = _mean(self._page_s, seconds / pages)
+            page_s = seconds / pages
+            if self._page_s:
+                page_s = min(page_s, _LONGEST_COPY * self._page_s)
+            self._page_s = _mean(self._page_s, page_s)
 
     def delay_moves(self, seconds: float) -> None:
         """A page comes and goes no faster than in so many seconds: lenders allow no more."""

@@ -57,6 +57,13 @@ def test_steps_that_tell_nothing_are_left_out() -> None:
     assert (costs.prefill, costs.page) == before
 
 
+def test_a_copy_that_was_held_up_says_little_about_pages() -> None:
+    costs = measured(prefill_s=1e-4, page_s=1e-4)
+    before = costs.page
+    costs.observe_moves(1.0, 0.1)  # a thousand times as long
+    assert before < costs.page < 1.2 * before
+
+
 def test_means_follow_a_machine_that_changes() -> None:
     costs = measured(prefill_s=1e-4, page_s=4e-3)
     old = costs.page
